@@ -1,0 +1,108 @@
+"""Arguments are checked here, before any work, and refused in one sentence that names them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import numpy as np
+
+from refattn.arithmetic import Arithmetic
+
+_EXACT_INTEGERS = 2**53
+
+
+def array(name: str, value: Any, axes: str) -> Any:
+    """Return `value` as an array of real numbers with at least the named trailing axes.
+
+    An array keeps its dtype: engines decide what to compute in. An `Arithmetic` passes through, so that the
+    verbs' own code runs in it.
+    """
+    ndim = len(axes.split())
+    if isinstance(value, Arithmetic):
+        if value.ndim != ndim:
+            raise ValueError(f"{name} has shape {value.shape}; another arithmetic takes exactly ({axes})")
+        return value
+    try:
+        x = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is ragged: {error}") from None
+    if x.dtype.kind not in "fiu" and x.dtype.name not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        raise TypeError(f"{name} has dtype {x.dtype}; expected real numbers (float16, bfloat16, float32, float64, int)")
+    if x.dtype.kind == "f" and x.dtype.itemsize > 8:
+        raise TypeError(f"{name} has dtype {x.dtype}; wider than float64, so it would be rounded: cast it yourself")
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.size and max(-int(x.min()), int(x.max())) > _EXACT_INTEGERS:
+        raise ValueError(f"{name} holds integers beyond 2**53, which float64 cannot represent exactly")
+    if x.ndim < ndim:
+        raise ValueError(f"{name} has shape {x.shape}; expected at least {ndim} axes: (..., {axes.replace(' ', ', ')})")
+    return x
+
+
+def size(name: str, got: int, expected: int, axis: str, like: str) -> None:
+    """Refuse arrays whose axes of one letter differ."""
+    if got != expected:
+        raise ValueError(f"{name} has {axis} = {got}; expected {expected}, as {like} has")
+
+
+def scale(value: float | None, depth: int) -> float:
+    """Return the scale of the logits: 1/√D unless given."""
+    if value is None:
+        return 1.0 / math.sqrt(depth)
+    return finite("scale", value)
+
+
+def finite(name: str, value: Any) -> float:
+    """Return a finite real number as a float."""
+    if isinstance(value, (bool, np.bool_, str, bytes, complex)) or np.ndim(value) != 0:
+        raise TypeError(f"{name} is {value!r}; expected a real number")
+    try:
+        x = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {value!r}; expected a real number") from None
+    if not math.isfinite(x):
+        raise ValueError(f"{name} is {x}; expected a finite number")
+    return x
+
+
+def positive(name: str, value: Any) -> float:
+    """Return a finite number above zero."""
+    x = finite(name, value)
+    if x <= 0:
+        raise ValueError(f"{name} is {x}; expected a number above 0")
+    return x
+
+
+def integer(name: str, value: Any, least: int) -> int:
+    """Return an integer that is at least `least`."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} is {value!r}; expected an integer")
+    try:
+        n = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; expected an integer") from None
+    if n < least:
+        raise ValueError(f"{name} is {n}; expected at least {least}")
+    return n
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """Return `value` if it is one of the allowed words."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def probability(name: str, value: Any) -> float:
+    """Return a number strictly between 0 and 1."""
+    x = finite(name, value)
+    if not 0 < x < 1:
+        raise ValueError(f"{name} is {x}; expected a number strictly between 0 and 1")
+    return x
+
+
+def generator(name: str, value: Any) -> np.random.Generator:
+    """Return `value` if it is a NumPy Generator: randomness is an argument."""
+    if not isinstance(value, np.random.Generator):
+        raise TypeError(f"{name} is {value!r}; expected a numpy.random.Generator")
+    return value

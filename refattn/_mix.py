@@ -1,0 +1,28 @@
+"""The only weighted sum: what a pair does not see never reaches it, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def mix(w: NDArray[Any], v: NDArray[Any], seen: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Return w @ v in which a pair that is not seen contributes nothing, not even where v is NaN or infinite."""
+    if seen is None:
+        return w @ v
+    bad = ~np.isfinite(v).all(axis=1)
+    if not bad.any():
+        return w @ v
+    out = w[:, ~bad] @ v[~bad]
+    for j in np.flatnonzero(bad & seen.any(axis=0)):
+        out += np.where(seen[:, j, None], w[:, j, None] * v[j], 0.0)
+    return out
+
+
+def rows_of(x: NDArray[Any], index: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Return some rows of a matrix in float64, as a view where they are neighbours."""
+    if len(index) and index[-1] - index[0] + 1 == len(index):
+        return np.asarray(x[index[0] : index[-1] + 1], dtype=np.float64)
+    return np.asarray(x[index], dtype=np.float64)

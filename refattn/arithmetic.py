@@ -1,0 +1,49 @@
+"""Arithmetics: array types that carry more than a float64 through the verbs' own code.
+
+A verb that is handed such an array runs unchanged, so what it computes and how far that may be from the real number
+come from one text. There are two: `refattn.rounding.Bounded` (a value with a proved bound on its rounding error) and
+`refattn.testing.Ball` (an enclosure at any precision, optionally with a directional derivative).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
+    """Base of the arithmetics: two-dimensional arrays, without leading axes.
+
+    A subclass supplies `shape`, `floats`, `mT`, indexing, `sum` and, through `__array_ufunc__`, the ufuncs named in `UFUNCS`;
+    and it supplies the engines, whose order of operations the verbs do not spell out: `softmax_forward`,
+    `softmax_backward`, `linear_forward`, `linear_backward`.
+    """
+
+    UFUNCS: ClassVar[tuple[str, ...]] = (
+        "add", "subtract", "multiply", "divide", "negative", "matmul", "exp", "log", "maximum", "minimum", "greater",
+    )  # fmt: skip
+
+    shape: tuple[int, ...]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        """Carry the ufunc out in this arithmetic."""
+        if method != "__call__" or options or ufunc.__name__ not in self.UFUNCS:
+            return NotImplemented
+        first, *rest = map(self.lift, inputs)
+        return getattr(first, f"_{ufunc.__name__}")(*rest)
+
+    def floats(self) -> NDArray[np.float64]:
+        """Return the values in float64."""
+        raise NotImplementedError
+
+    @classmethod
+    def lift(cls, x: Any) -> Self:
+        """Return exact numbers in this arithmetic."""
+        raise NotImplementedError

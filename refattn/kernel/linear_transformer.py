@@ -1,0 +1,277 @@
+r"""Linear Transformer: the exponential of a dot product becomes a dot product of features.
+
+.. math::
+    o_i = \frac{\sum_j \phi(q_i) \cdot \phi(k_j)\, v_j}{\sum_j \phi(q_i) \cdot \phi(k_j) + \varepsilon}, \qquad
+    \phi(x) = \mathrm{elu}(x) + 1
+
+over the keys that row i sees. Katharopoulos et al. 2020, arXiv:2006.16236, eq. (5), (7) and, causally, (9)–(12). It
+is another attention rather than an approximation of softmax: only `bound`, evaluated on the arrays, says how far.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refattn import _check, engines, linear, perturbation
+from refattn.arithmetic import Arithmetic
+from refattn.engines import Backend
+from refattn.heads import matrix
+from refattn.kernel._feature_map import FeatureMap, elu_plus_one
+from refattn.linear import State
+from refattn.masks import Mask, Pairs
+from refattn.method import Claim, Cost, Method, Option
+
+METHOD = Method(
+    name="linear_transformer",
+    family="kernel",
+    paper="arXiv:2006.16236, eq. (5), (7)",
+    arrays={"q": "T D", "k": "S D", "v": "S E"},
+    options={
+        "feature_map": Option(
+            doc="φ", domain=lambda f: isinstance(f, FeatureMap), typical=(elu_plus_one,), default=elu_plus_one
+        ),
+        "eps": Option(doc="ε added to the normaliser", domain=lambda e: e >= 0, typical=(0.0, 0.125), default=0.0),
+    },
+    masks="prefix",
+    rows="stochastic",
+    permutable=True,
+    engines=("linear",),
+    claims=(Claim(verb="bound", statement="K1"),),
+)
+
+
+class Gradients(NamedTuple):
+    """Gradients by argument name."""
+
+    q: Any
+    k: Any
+    v: Any
+
+
+def attend(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    eps: float = 0.0,
+    mask: Mask | Pairs | ArrayLike | None = None,
+    backend: str | Backend = "numpy",
+) -> NDArray[np.floating[Any]]:
+    r"""Linear attention in time and memory linear in the length (in chunks).
+
+    .. math:: o_i = \frac{\phi(q_i)^\top \sum_{j} \phi(k_j) v_j^\top}{\phi(q_i)^\top \sum_{j} \phi(k_j) + \varepsilon}
+
+    Parameters
+    ----------
+    q : (..., T, D)
+        Queries; leading axes and grouped heads as in `refattn.softmax.attend`. The map has no scale.
+    k : (..., S, D)
+        Keys.
+    v : (..., S, E)
+        Values.
+    feature_map : FeatureMap
+        φ, with its derivative.
+    eps : float
+        ε ≥ 0. It shrinks every output by the factor den / (den + ε), which `bound` accounts for.
+    mask : Mask, optional
+        Rows must see the first keys, and never fewer than the row before: causal, lengths, prefix.
+
+    Returns
+    -------
+    (..., T, E) of float64
+        A row that sees nothing is 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, options or a mask that do not fit, naming the argument.
+
+    Examples
+    --------
+    >>> from refattn import masks
+    >>> from refattn.kernel import linear_transformer
+    >>> linear_transformer.attend([[0.0], [0.0]], [[0.0], [1.0]], [[0.0], [3.0]], mask=masks.causal())
+    array([[0.],
+           [2.]])
+    """
+    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
+    return linear.forward(call, engines.choose(backend))[0]
+
+
+def weights(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    eps: float = 0.0,
+    mask: Mask | Pairs | ArrayLike | None = None,
+) -> NDArray[np.float64]:
+    r"""Return the attention matrix κ_ij / (Σ_l κ_il + ε), κ_ij = φ(q_i)·φ(k_j), (..., T, S): eq. (5), the parallel form.
+
+    >>> from refattn.kernel import linear_transformer
+    >>> linear_transformer.weights([[0.0]], [[0.0], [1.0]]).round(3)
+    array([[0.333, 0.667]])
+    """
+    call = linear.problem(q, k, None, feature_map=feature_map, eps=eps, mask=mask)
+    phi, (T, S, _), of = feature_map.of, call.sizes, call.leads.of
+    if isinstance(call.q, Arithmetic):
+        return linear.forward(call, Backend("numpy"))[0]
+    p = np.zeros((*call.leads.shape, T, S))
+    for n in range(int(np.prod(call.leads.shape))):
+        seen = np.arange(S) < call.ends(n)[:, None]
+        fq, fk = (phi(np.asarray(matrix(x, of[name][n]), np.float64)) for name, x in (("q", call.q), ("k", call.k)))
+        kappa = np.where(seen, fq @ fk.T, 0.0)
+        some = seen.any(axis=1, keepdims=True)
+        matrix(p, n)[:] = np.where(some, kappa / np.where(some, kappa.sum(axis=1, keepdims=True) + eps, 1.0), 0.0)
+    return p
+
+
+def vjp(
+    do: ArrayLike,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    eps: float = 0.0,
+    mask: Mask | Pairs | ArrayLike | None = None,
+    backend: str | Backend = "numpy",
+) -> Gradients:
+    r"""Gradients of ⟨do, o⟩, in linear time: a sweep forward for q and one backward for k and v (§3.3.1).
+
+    With g_i = do_i / den_i and h_i = −do_i·o_i / den_i:
+
+    .. math::
+        d\phi(q_i) = \sum_j (g_i \cdot v_j + h_i)\, \phi(k_j), \quad
+        d\phi(k_j) = \sum_i (g_i \cdot v_j + h_i)\, \phi(q_i), \quad dv_j = \sum_i \kappa_{ij} g_i
+
+    >>> from refattn.kernel import linear_transformer
+    >>> linear_transformer.vjp([[1.0]], [[0.0]], [[0.0], [0.0]], [[0.0], [3.0]]).v
+    array([[0.5],
+           [0.5]])
+    """
+    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
+    return Gradients(*linear.backward(call, do, engines.choose(backend)))
+
+
+def step(
+    state: State | None,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    eps: float = 0.0,
+    backend: str | Backend = "numpy",
+) -> tuple[NDArray[np.floating[Any]], State]:
+    """Take any number of tokens: each sees itself, those before it and what the state holds (eq. 16–20).
+
+    `state` None starts. Any split of a sequence into steps gives causal `attend` of the whole, up to rounding.
+
+    >>> from refattn.kernel import linear_transformer
+    >>> o, state = linear_transformer.step(None, [[0.0]], [[0.0]], [[1.0]])
+    >>> linear_transformer.step(state, [[0.0]], [[0.0]], [[3.0]])[0]
+    array([[2.]])
+    """
+    from refattn.masks import causal
+
+    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=causal())
+    T, S, E = call.sizes
+    _check.size("k", S, T, "S", "q's T")
+    r = feature_map.of(np.zeros((1, call.q.shape[-1]))).shape[-1]
+    lead = call.leads.shape
+    if state is None:
+        state = State(np.zeros((*lead, r, E)), np.zeros((*lead, r)))
+    for name, x, shape in (("state.s", state.s, (*lead, r, E)), ("state.z", state.z, (*lead, r))):
+        if np.shape(x) != shape:
+            raise ValueError(f"{name} has shape {np.shape(x)}; expected {shape}")
+    o, after = linear.forward(call, engines.choose(backend), state)
+    assert after is not None
+    return o, after
+
+
+def bound(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    eps: float = 0.0,
+    mask: Mask | Pairs | ArrayLike | None = None,
+    scale: float | None = None,
+) -> NDArray[np.float64]:
+    r"""How far `attend` is from `refattn.softmax.attend` of the same arrays, mask and scale, at most (K1, elementwise).
+
+    .. math::
+        |\tilde o_{ic} - o_{ic}| \le \tanh\!\big(\tfrac14 \operatorname*{osc}_j(\ln \kappa_{ij} - s_{ij})\big)
+        \operatorname*{range}_j v_{jc} + |\tilde o_{ic}| \frac{\varepsilon}{\mathrm{den}_i}
+
+    over the keys that the row sees, and never more than the distance from õ to the far end of the values' range,
+    in which the exact output lies. Where some κ ≤ 0 only the latter is known. It reads every pair: O(T·S·D) time,
+    a tile at a time.
+
+    Parameters
+    ----------
+    scale : float, optional
+        The scale of the softmax attention that this is measured against; 1/√D unless given.
+
+    Returns
+    -------
+    (..., T, E) of float64
+        Mathematical: rounding is not in it.
+
+    Examples
+    --------
+    >>> from refattn.kernel import linear_transformer
+    >>> linear_transformer.bound([[0.0]], [[1.0], [1.0]], [[0.0], [3.0]])
+    array([[0.]])
+    """
+    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
+    sigma = _check.scale(scale, call.q.shape[-1])
+    (T, S, E), of, phi = call.sizes, call.leads.of, feature_map.of
+    o = np.asarray(linear.forward(call, Backend("numpy"))[0])
+    out = np.zeros_like(o)
+    for n in range(int(np.prod(call.leads.shape))):
+        x, y, values = (np.asarray(matrix(a, of[s][n]), np.float64) for s, a in (("q", call.q), ("k", call.k), ("v", call.v)))
+        ends, fk = call.ends(n), phi(y)
+        low, high = _running(np.minimum, values, np.inf), _running(np.maximum, values, -np.inf)
+        for rows in np.array_split(np.arange(T), max(1, T * S // 2**20)):
+            seen = np.arange(S) < ends[rows][:, None]
+            kappa = phi(x[rows]) @ fk.T
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratio = np.where(seen & (kappa > 0), np.log(kappa) - sigma * (x[rows] @ y.T), np.nan)
+            signed = (seen & ~(kappa > 0)).any(axis=1)
+            span = np.where(seen, ratio, -np.inf).max(axis=1, initial=-np.inf) - np.where(seen, ratio, np.inf).min(
+                axis=1, initial=np.inf
+            )
+            some = ends[rows] > 0
+            tv = perturbation.tilt_total_variation(np.where(some, span, 0.0))
+            den = np.where(seen, kappa, 0.0).sum(axis=1)
+            lo, hi, here = low[ends[rows]], high[ends[rows]], matrix(o, n)[rows]
+            shrunk = np.abs(here) * (eps / np.where(some & (den > 0), den, 1.0))[:, None]
+            claim = np.where(signed[:, None], np.inf, tv[:, None] * (hi - lo) + shrunk)
+            trivial = np.maximum(np.abs(here - lo), np.abs(hi - here))
+            matrix(out, n)[rows] = np.where(some[:, None], np.minimum(claim, trivial), 0.0)
+    return out
+
+
+def cost(
+    T: int, S: int, D: int, E: int, *, feature_map: FeatureMap = elu_plus_one, mask: Mask | Pairs | ArrayLike | None = None
+) -> Cost:
+    """Return what one head costs: no pair is formed, 2(r+1)(E+1) flops a key and a query each.
+
+    >>> from refattn.kernel import linear_transformer
+    >>> linear_transformer.cost(8, 8, 4, 4).pairs
+    0
+    """
+    r = feature_map.of(np.zeros((1, D))).shape[-1]
+    return Cost(pairs=0, flops=2 * (T + S) * r * (E + 1), bytes=8 * (T * (D + E) + S * (D + E)))
+
+
+def _running(reach: Any, v: NDArray[np.float64], start: float) -> NDArray[np.float64]:
+    """Return the extremes of the first h rows for h = 0…S."""
+    return reach.accumulate(np.concatenate([np.full((1, v.shape[1]), start), v]), axis=0)

@@ -1,0 +1,5 @@
+"""Low-rank attention: keys and values are compressed along the sequence first."""
+
+from refattn.lowrank import linformer
+
+__all__ = ["linformer"]

@@ -1,0 +1,151 @@
+"""What a method declares about itself, and the table of all methods.
+
+A method is a module; its verbs are functions; `METHOD` says what the verbs take, what the answer is linear in, what
+its rows sum to, which masks it accepts and what is proved about it. Laws, study and documentation are generated from
+these declarations, and one test holds every signature equal to its declaration.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType, ModuleType
+from typing import Any, Literal, NamedTuple
+
+REQUIRED: Any = ...
+
+TABLE: tuple[str, ...] = (
+    "refattn.softmax",
+    "refattn.sparse.longformer",
+    "refattn.lowrank.linformer",
+    "refattn.kernel.linear_transformer",
+)
+
+
+def _none() -> Mapping[str, Any]:
+    return MappingProxyType({})
+
+
+class Cost(NamedTuple):
+    """What one head costs: pairs formed, floating-point operations, and bytes of float64 read and written once."""
+
+    pairs: int
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """An option of a verb.
+
+    Parameters
+    ----------
+    doc
+        What it is, in one line.
+    domain
+        Whether a value is allowed; the verb refuses others.
+    typical
+        Values that laws draw and study sweeps, or a function of the sizes {"T", "S", "D", "E"} that returns them.
+    default
+        The default; `REQUIRED` where there is none.
+    """
+
+    doc: str
+    domain: Callable[[Any], bool]
+    typical: tuple[Any, ...] | Callable[[Mapping[str, int]], tuple[Any, ...]]
+    default: Any = REQUIRED
+
+    def values(self, sizes: Mapping[str, int]) -> tuple[Any, ...]:
+        """Return the typical values at these sizes."""
+        return self.typical(sizes) if callable(self.typical) else self.typical
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A proved statement about how far the method is from exact softmax.
+
+    Parameters
+    ----------
+    verb
+        The function that evaluates it.
+    statement
+        Its key in proofs/ and in the tightness table.
+    over
+        ``"arrays"``: holds for the arrays given. ``"draw"``: holds with probability 1 − δ over what is drawn.
+    """
+
+    verb: str
+    statement: str
+    over: Literal["arrays", "draw"] = "arrays"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method's declaration.
+
+    Parameters
+    ----------
+    name, family, paper
+        The module's name, its family's folder ("" for softmax itself) and where the map is defined.
+    arrays
+        Array arguments of `attend` in order, with their trailing axes in letters; "T D?" is optional.
+    options, draw_options
+        Options of `attend`, and of `draw` and `fit`.
+    drawn
+        Arrays that `draw` makes, in the order in which it returns them.
+    linear_in
+        Arguments that the output is linear in; `weights` drops them and returns one matrix for each.
+    budget
+        The option (of attend or of draw) that study sweeps, from cheap to dear.
+    masks
+        ``"any"``; ``"prefix"``: rows that see the first keys, never fewer than the row before, such as causal;
+        ``"none"``: no mask argument.
+    approximates
+        ``"softmax"``, or None: then it has no `bound`.
+    rows
+        ``"stochastic"``: weights ≥ 0 that sum to 1 (0 where nothing is seen, less with a sink);
+        ``"sum to 1"``: signed; ``"any"``: nothing is promised.
+    permutable
+        Whether keys may be permuted together with every array along S, where there is no mask.
+    engines
+        The engines that answer it.
+    claims
+        What is proved, the sharpest first.
+    """
+
+    name: str
+    family: str
+    paper: str
+    arrays: Mapping[str, str]
+    options: Mapping[str, Option] = field(default_factory=_none)
+    draw_options: Mapping[str, Option] = field(default_factory=_none)
+    drawn: tuple[str, ...] = ()
+    linear_in: tuple[str, ...] = ("v",)
+    budget: str | None = None
+    masks: Literal["any", "prefix", "none"]
+    approximates: Literal["softmax"] | None = "softmax"
+    rows: Literal["stochastic", "sum to 1", "any"]
+    permutable: bool
+    engines: tuple[str, ...] = ("softmax",)
+    claims: tuple[Claim, ...] = ()
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Array arguments without a default, in order."""
+        return tuple(name for name, axes in self.arrays.items() if not axes.endswith("?"))
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Array arguments that may be left out, in order."""
+        return tuple(name for name, axes in self.arrays.items() if axes.endswith("?"))
+
+
+def modules() -> dict[str, ModuleType]:
+    """Return every method's module by name, in the order of the table.
+
+    >>> list(modules())[0]
+    'softmax'
+    """
+    found = map(importlib.import_module, TABLE)
+    return {module.METHOD.name: module for module in found}

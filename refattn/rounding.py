@@ -1,0 +1,393 @@
+r"""How far a stated computation in floating point may be from the real number that it stands for.
+
+The model is round to nearest, :math:`\mathrm{fl}(a \circ b) = (a \circ b)(1 + \delta)`, :math:`|\delta| \le u`, sums in
+any order, with :math:`\gamma_n = n u / (1 - n u)`. A `Bounded` array carries a value and a bound on its error through
+the verbs' own code; softmax attention and the linear engine have closed forms (statements F0–F2, B4, X1), which charge
+the definition's order of operations: logits, one subtraction of the row maximum, exponentials, sums, one division.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refattn.arithmetic import Arithmetic
+from refattn.bias import Table
+from refattn.engines import One
+
+U = 2.0**-53
+"""Unit roundoff of float64."""
+EXP = 2 * U
+"""Relative error of NumPy's float64 exp and log: one unit in the last place."""
+TANH = 8 * U
+"""Relative error of NumPy's float64 tanh: four units in the last place."""
+TINY = 2.0**-1073
+"""Above what gradual underflow may add to one operation."""
+EVALUATION = 1 + 2.0**-20
+"""Covers the evaluation of a bound itself: sums of fewer than 2^31 terms that are not negative."""
+
+Array = NDArray[np.float64]
+
+
+def gamma(n: float, u: float = U) -> float:
+    r"""Return :math:`\gamma_n = n u / (1 - n u)`, or ∞ where n·u ≥ 1 (F0).
+
+    A sum of products in any order, with or without fma, is within γ_n of Σ|terms| if at most n roundings touch a term.
+
+    >>> gamma(2, u=0.25)
+    1.0
+    """
+    return n * u / (1 - n * u) if n * u < 1 else math.inf
+
+
+class Bounded(Arithmetic):
+    """Float64 values with a bound on how far each may be from the real number: running error analysis.
+
+    Parameters
+    ----------
+    value, error
+        Arrays of one shape; `error` is not negative.
+
+    Examples
+    --------
+    >>> third = Bounded.lift(1.0) / 3.0
+    >>> bool(0 < third.error <= 2.0**-54)
+    True
+    """
+
+    def __init__(self, value: ArrayLike, error: ArrayLike) -> None:
+        """Hold a value with its error."""
+        self.value: Array = np.asarray(value, np.float64)
+        self.error: Array = np.broadcast_to(np.asarray(error, np.float64), self.value.shape)
+        self.shape = self.value.shape
+
+    def __repr__(self) -> str:
+        """Show both."""
+        return f"Bounded({self.value!r}, {self.error!r})"
+
+    @classmethod
+    def lift(cls, x: Any) -> Self:
+        """Return exact numbers with error 0."""
+        return x if isinstance(x, cls) else cls(np.asarray(x, np.float64), 0.0)
+
+    def floats(self) -> Array:
+        """Return the values."""
+        return self.value
+
+    @property
+    def mT(self) -> Bounded:  # noqa: N802
+        """The transpose."""
+        return Bounded(self.value.T, self.error.T)
+
+    def __getitem__(self, index: Any) -> Bounded:
+        """Index both."""
+        return Bounded(self.value[index], self.error[index])
+
+    def sum(self, axis: int, keepdims: bool = False) -> Bounded:
+        """Sum along an axis, in any order."""
+        size = self._size()
+        error = self.error.sum(axis, keepdims=keepdims) + gamma(self.shape[axis]) * size.sum(axis, keepdims=keepdims)
+        return Bounded(self.value.sum(axis, keepdims=keepdims), error)
+
+    def _size(self) -> Array:
+        return np.abs(self.value) + self.error
+
+    def _add(self, other: Bounded) -> Bounded:
+        value = self.value + other.value
+        return Bounded(value, self.error + other.error + U * np.abs(value))
+
+    def _negative(self) -> Bounded:
+        return Bounded(-self.value, self.error)
+
+    def _subtract(self, other: Bounded) -> Bounded:
+        return self._add(other._negative())
+
+    def _multiply(self, other: Bounded) -> Bounded:
+        value = self.value * other.value
+        carried = self.error * other._size() + np.abs(self.value) * other.error
+        return Bounded(value, carried + U * np.abs(value) + TINY)
+
+    def _divide(self, other: Bounded) -> Bounded:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = self.value / other.value
+            least = np.abs(other.value) - other.error
+            error = (self.error + np.abs(value) * other.error) / least + U * np.abs(value) * (1 + U) + TINY
+        return Bounded(value, np.where(least > 0, error, np.inf))
+
+    def _exp(self) -> Bounded:
+        value = np.exp(self.value)
+        return Bounded(value, value * (np.expm1(self.error) + EXP * np.exp(self.error)) + TINY)
+
+    def _log(self) -> Bounded:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value = np.log(self.value)
+            error = -np.log1p(-self.error / self.value) + EXP * np.abs(value)
+        return Bounded(value, np.where(self.error < self.value, error, np.inf))
+
+    def _maximum(self, other: Bounded) -> Bounded:
+        return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))
+
+    def _minimum(self, other: Bounded) -> Bounded:
+        return Bounded(np.minimum(self.value, other.value), np.maximum(self.error, other.error))
+
+    def _matmul(self, other: Bounded) -> Bounded:
+        n = self.shape[-1]
+        whole = self._size() @ other._size()
+        carried = self.error @ other._size() + np.abs(self.value) @ other.error
+        return Bounded(self.value @ other.value, carried + gamma(n) * whole + n * TINY)
+
+    def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
+        """Return o and lse of exact attention with the definition's rounding: F1 and F2."""
+        row = _Rows(one)
+        return Bounded(row.o, row.E), Bounded(row.lse, row.E_lse)
+
+    def softmax_backward(
+        self, one: One, do: Any, dlse: Any
+    ) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
+        """Return the gradients of exact attention with the definition's rounding: B4 for `refattn.softmax.vjp`."""
+        return _backward(one, Bounded.lift(do), Bounded.lift(np.zeros(self.shape[0]) if dlse is None else dlse))
+
+    def linear_forward(self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float) -> Bounded:
+        """Return linear attention, in any of its orders: parallel, chunked, recurrent (X1)."""
+        return _linear(fq, fk, Bounded.lift(v), seen, eps)[0]
+
+    def linear_backward(
+        self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float, do: Any
+    ) -> tuple[Bounded, Bounded, Bounded]:
+        """Return gradients with respect to φ(q), φ(k) and v, in any order of the sums."""
+        return _linear_backward(fq, fk, Bounded.lift(v), seen, eps, Bounded.lift(do))
+
+
+def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> Any:
+    """Return how far the float64 answer of a verb may be from the real number, elementwise.
+
+    The verb's own code is run in `Bounded` arithmetic, so this is a proof for what was computed, sums in any order.
+
+    Parameters
+    ----------
+    verb
+        ``attend``, ``partial``, ``weights`` or ``vjp`` of a method.
+    *arrays, **options
+        Its arguments, without leading axes.
+
+    Returns
+    -------
+    Arrays of errors, in the shape of the verb's answer.
+
+    Examples
+    --------
+    >>> from refattn import rounding, softmax
+    >>> x = [[0.5], [1.0]]
+    >>> bool((rounding.allowance(softmax.attend, x, x, x) < 1e-14).all())
+    True
+    """
+    from refattn import method
+
+    declared = {m.__name__: m.METHOD for m in method.modules().values()}.get(verb.__module__)
+    named = set(declared.arrays) | {"dlse"} if declared else set[str]()
+    lifted = {s: Bounded.lift(x) if s in named and x is not None else x for s, x in options.items()}
+    return _errors(verb(*map(Bounded.lift, arrays), **lifted))
+
+
+def _errors(answer: Any) -> Any:
+    if isinstance(answer, Bounded):
+        return np.where(np.isnan(answer.error), np.inf, answer.error * EVALUATION)
+    if isinstance(answer, tuple):
+        parts = [_errors(x) for x in answer]
+        return type(answer)(*parts) if hasattr(answer, "_fields") else tuple(parts)
+    return answer
+
+
+class _Rows:
+    """Softmax attention of one problem with every quantity that F1, F2 and B4 name; letters are theirs."""
+
+    def __init__(self, one: One) -> None:
+        call = one.problem
+        q, k, v = (Bounded.lift(x) for x in (one.q, one.k, one.v))
+        self.q, self.k, self.v, self.seen = q, k, v, one.seen()
+        n, D, sigma, seen = k.shape[0], q.shape[1], abs(call.multiplier), self.seen
+        z = (q.value @ k.value.T) * call.multiplier
+        e = sigma * (gamma(D) * (q._size() @ k._size().T) + q.error @ k._size().T + np.abs(q.value) @ k.error.T)
+        e = e + sigma * D * TINY
+        e = e + (U if call.scale is not None else 3 * U * (1 + 3 * U)) * (np.abs(z) + e) + TINY
+        b = _bias(one)
+        if b is not None and call.order == "bias, softcap":
+            z, e = _plus(z, e, b)
+        self.slope, self.slope_error = np.ones_like(z), np.zeros_like(z)
+        if call.softcap is not None:
+            c = call.softcap
+            e = e + U * (np.abs(z) + e)
+            fall = np.exp(-2 * np.abs(z) / c)
+            self.slope = 4 * fall / (1 + fall) ** 2
+            self.slope_error = np.expm1(2 * e / c + EXP + 8 * U)
+            z = c * np.tanh(z / c)
+            e = e + (TANH + U) * (1 + U) * (np.abs(z) + e) + TINY
+        if b is not None and call.order == "softcap, bias":
+            z, e = _plus(z, e, b)
+        z, e = np.where(seen, z, -np.inf), np.where(seen, e, 0.0)
+        sink = None if one.sink is None else Bounded.lift(one.sink).value.reshape(-1)[0]
+        if sink is not None:
+            z, e = np.c_[z, np.full(len(z), sink)], np.c_[e, np.zeros(len(e))]
+            n += 1
+        self.empty = ~np.isfinite(z).any(axis=1)
+        m = np.where(self.empty, 0.0, z.max(axis=1, initial=-np.inf))[:, None]
+        em = e.max(axis=1, initial=0.0)[:, None]
+        far = np.where(np.isfinite(z), np.abs(z - m), 0.0) + e + em
+        e = np.where(np.isfinite(z), e + U * far + EXP * (1 + EXP), 0.0)
+        w = np.exp(z - m)
+        total = np.where(self.empty, 1.0, w.sum(axis=1))[:, None]
+        p, G = w / total, gamma(n + 1)
+        wide = EVALUATION * np.exp(4 * e.max(axis=1, initial=0.0))[:, None]
+        up, down = (p * np.exp(e)).sum(axis=1, keepdims=True), (p * np.exp(-e)).sum(axis=1, keepdims=True)
+        lost = n * TINY / total
+        self.e, self.p = e[:, : k.shape[0]], p[:, : k.shape[0]]
+        self.p_sink = np.zeros(len(p)) if sink is None else p[:, -1]
+        self.o = self.p @ v.value
+        pe, size = self.p * np.exp(self.e), v._size()
+        centred = np.stack([np.abs(v.value[:, c] - self.o[:, c : c + 1]) for c in range(size.shape[1])], axis=2) if (
+            size.shape[1]
+        ) else np.zeros((*self.p.shape, 0))
+        tilt = np.einsum("ij,ijc->ic", self.p * np.expm1(self.e), centred)
+        if sink is not None:
+            tilt = tilt + (p[:, -1:] * np.expm1(e[:, -1:])) * np.abs(self.o)
+        top = size.max(axis=0, initial=0.0)
+        error = tilt + G * (pe @ size) + G * np.abs(self.o) * up + pe @ v.error + lost * (1 + top + np.abs(self.o))
+        least = (1 - G) * down - lost
+        with np.errstate(divide="ignore", invalid="ignore"):
+            error = np.where(least > 0, error / least, np.inf) * wide
+            ratio = np.maximum(np.log((1 + G) * up + lost), -np.log(np.maximum((1 - G) * down - lost, 0.0)))[:, 0]
+        omega = (1 + U) ** 2 - 1
+        self.E = np.where(self.empty[:, None], 0.0, error * (1 + omega) + omega * np.abs(self.o) + TINY)
+        self.e_z = np.where(self.empty, 0.0, ratio * wide[:, 0])
+        lse = m[:, 0] + np.log(total[:, 0])
+        raw = self.e_z + (EXP + U) * np.abs(np.log(total[:, 0])) + 2 * U * (np.abs(m[:, 0]) + np.abs(lse))
+        self.E_lse = np.where(self.empty, 0.0, raw / (1 - 3 * U))
+        self.lse = np.where(self.empty, -np.inf, lse)
+
+
+def _bias(one: One) -> Bounded | None:
+    bias = one.problem.bias
+    if bias is None:
+        return None
+    if isinstance(bias, Table) and isinstance(bias.array, Bounded):
+        return bias.array
+    exact = Bounded.lift(one.bias(np.arange(one.q.shape[0]), np.arange(one.k.shape[0])))
+    return exact if isinstance(bias, Table) else Bounded(exact.value, U * np.abs(exact.value))
+
+
+def _plus(z: Array, e: Array, b: Bounded) -> tuple[Array, Array]:
+    seen = np.isfinite(b.value)
+    z = np.where(seen, z + np.where(seen, b.value, 0.0), -np.inf)
+    e = e + b.error
+    return z, np.where(seen, e + U * (np.abs(np.where(seen, z, 0.0)) + e), 0.0)
+
+
+def _backward(
+    one: One, do: Bounded, dlse: Bounded
+) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
+    row, call = _Rows(one), one.problem
+    T, width, sigma = len(row.p), do.shape[1], abs(call.multiplier)
+    q, k, v = row.q, row.k, row.v
+    live = ~row.empty
+    g = np.where(live[:, None], do.value, 0.0)
+    size = np.where(live[:, None], do._size(), 0.0)
+    g_error = np.where(live[:, None], do.error, 0.0)
+    dots = np.where(row.seen, g @ v.value.T, 0.0)
+    d_dots = gamma(width) * (size @ v._size().T) + g_error @ v._size().T + np.abs(g) @ v.error.T + width * TINY
+    own = dlse.value - (g * row.o).sum(axis=1)
+    delta = (g_error * (np.abs(row.o) + row.E) + size * row.E).sum(axis=1)
+    delta = delta + gamma(width + 1) * (size * (np.abs(row.o) + row.E)).sum(axis=1) + width * TINY
+    delta = delta + dlse.error + U * (np.abs(own) + delta)
+    X, e, p, slope = dots + own[:, None], row.e + 2 * U, row.p, row.slope
+    e_z, E_D = (row.e_z + U)[:, None], delta[:, None]
+    grow = np.exp(e_z)
+    ds = np.where(row.seen, p * X, 0.0)
+    inner = grow * p * (np.expm1(e) * np.abs(X) + np.exp(e) * (d_dots * (1 + 3 * U) + 3 * U * (np.abs(X) + E_D)))
+    inner = np.where(row.seen, inner + grow * p * np.expm1(e) * E_D + 2 * TINY, 0.0)
+    size_s = np.abs(ds) + inner + grow * np.exp(e) * p * E_D
+    whole_s = inner + grow * E_D * p + np.expm1(e_z) * np.abs(ds)
+    extra = row.slope_error + U * (1 + row.slope_error)
+    dz, ps = ds * slope, p * slope
+    inner_z, size_z = slope * inner + slope * extra * size_s, slope * (1 + extra) * size_s
+    whole_z = inner_z + grow * E_D * ps + np.expm1(e_z) * np.abs(dz)
+    scaled = 3 * U if call.scale is not None else 5 * U
+    n = k.shape[0]
+
+    value = call.multiplier * (dz @ k.value)
+    common = grow * E_D * np.abs(ps @ k.value) + np.expm1(e_z) * np.abs(dz @ k.value)
+    error = inner_z @ k._size() + common + gamma(n + 1) * (size_z @ k._size()) + size_z @ k.error + n * TINY
+    dq = Bounded(value, sigma * error * (1 + 5 * U) + scaled * np.abs(value) + TINY)
+
+    value = call.multiplier * (dz.T @ q.value)
+    error = whole_z.T @ q._size() + gamma(T + 1) * (size_z.T @ q._size()) + size_z.T @ q.error + T * TINY
+    dk = Bounded(value, sigma * error * (1 + 5 * U) + scaled * np.abs(value) + TINY)
+
+    w = np.where(row.seen, p * np.expm1(e_z + e), 0.0)
+    error = w.T @ size + gamma(T + 1) * ((p + w).T @ size) + p.T @ g_error + T * TINY
+    dv = Bounded(p.T @ g, error)
+
+    dbias = dsink = None
+    if isinstance(call.bias, Table):
+        table = call.bias.array
+        db, db_error = (dz, whole_z + slope * extra * size_s) if call.order == "bias, softcap" else (ds, whole_s)
+        axes = tuple(a for a in (0, 1) if table.shape[-2 + a] == 1)
+        count = math.prod(db.shape[a] for a in axes)
+        magnitude = np.abs(db) + db_error
+        error = db_error.sum(axis=axes, keepdims=True) + gamma(count) * magnitude.sum(axis=axes, keepdims=True)
+        dbias = Bounded(db.sum(axis=axes, keepdims=True), error)
+    if call.sink is not None:
+        each = row.p_sink * own
+        relative = np.expm1(row.e_z + 4 * U + 2 * EXP + U * np.abs(np.log(np.maximum(row.p_sink, TINY))))
+        error = np.abs(each) * relative + row.p_sink * (1 + relative) * delta
+        dsink = Bounded(each.sum(), error.sum() + gamma(T) * (np.abs(each) + error).sum() + T * TINY)
+    return dq, dk, dv, dbias, dsink
+
+
+def _linear(
+    fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float
+) -> tuple[Bounded, Bounded]:
+    """Return o and den. Sizes are sums of |φ(q)||φ(k)||v|, which no order of the three products exceeds."""
+    (n, r), some = fk.shape, seen.any(axis=1)[:, None]
+    h = gamma(r + n + 3)
+    ones = np.ones((n, 1))
+    tilted = Bounded(np.c_[v.value, ones], np.c_[v.error, 0 * ones])
+    kappa = np.where(seen, fq.value @ fk.value.T, 0.0)
+    plain = np.where(seen, np.abs(fq.value) @ np.abs(fk.value).T, 0.0)
+    size = np.where(seen, fq._size() @ fk._size().T, 0.0)
+    both = kappa @ tilted.value
+    error = size @ tilted._size() * (1 + h) - plain @ np.abs(tilted.value) + (n + r) * TINY
+    error = error + gamma(n + r + 3) * (size @ tilted._size())
+    numerator = Bounded(both[:, :-1], error[:, :-1])
+    den = Bounded(np.where(some, both[:, -1:], 1.0), np.where(some, error[:, -1:], 0.0))
+    if eps:
+        den = den + eps
+    o = numerator / den
+    return Bounded(np.where(some, o.value, 0.0), np.where(some, o.error, 0.0)), den
+
+
+def _linear_backward(
+    fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float, do: Bounded
+) -> tuple[Bounded, Bounded, Bounded]:
+    (n, r), T, width = fk.shape, len(fq.value), v.shape[1]
+    o, den = _linear(fq, fk, v, seen, eps)
+    some = seen.any(axis=1)[:, None]
+    do = Bounded(np.where(some, do.value, 0.0), np.where(some, do.error, 0.0))
+    g, fall = do / den, -((do * o).sum(1, keepdims=True)) / den
+    g = Bounded(np.c_[g.value, fall.value], np.c_[g.error, fall.error])
+    ones = np.ones((n, 1))
+    tilted = Bounded(np.c_[v.value, ones], np.c_[v.error, 0 * ones])
+    h = gamma(r + n + T + width + 6)
+
+    def product(a: Bounded, b: Bounded, c: Bounded, pairs: NDArray[np.bool_]) -> Bounded:
+        """(a bᵀ over the seen pairs) c, in any order of the two products."""
+        value = np.where(pairs, a.value @ b.value.T, 0.0) @ c.value
+        plain = np.where(pairs, np.abs(a.value) @ np.abs(b.value).T, 0.0) @ np.abs(c.value)
+        whole = np.where(pairs, a._size() @ b._size().T, 0.0) @ c._size()
+        return Bounded(value, np.maximum(whole - plain, 0.0) + 2 * h * whole + len(c.value) * TINY)
+
+    to_q, to_k = product(g, tilted, fk, seen), product(tilted, g, fq, seen.T)
+    return to_q, to_k, product(fk, fq, g, seen.T)[:, :-1]
