@@ -22,8 +22,9 @@ DOUBLE_IMPORT = r"^\s*(import|from)\s+[b]ackends\b"
 def found(suffix: str, *rooms: str) -> list[Path]:
     """Files of these rooms; `.` is the top folder without its rooms."""
     paths = [path for room in rooms for path in (ROOT.glob("*") if room == "." else (ROOT / room).rglob("*"))]
-    assert paths
-    return sorted(path for path in paths if path.suffix == suffix)
+    chosen = sorted(path for path in paths if path.suffix == suffix)
+    assert chosen
+    return chosen
 
 
 def finds(pattern: str, paths: list[Path]) -> Iterator[str]:
