@@ -48,9 +48,12 @@ class Tightness:
         )
         if not error.size:
             return 0.0
-        excess = error - (bound + rounding)
-        sound = (error <= bound + rounding) & (error > -np.inf) & (bound >= 0) & (rounding >= 0) & (rounding < np.inf)
+        sound = (
+            (error <= bound + rounding) & np.isfinite(error) & (bound >= 0) & (rounding >= 0) & np.isfinite(rounding)
+        )
         if not sound.all():
+            with np.errstate(invalid="ignore"):
+                excess = error - (bound + rounding)
             at = np.unravel_index(np.argmax(np.where(sound, -np.inf, np.nan_to_num(excess, nan=np.inf))), error.shape)
             index = tuple(map(int, at))
             raise AssertionError(

@@ -137,7 +137,7 @@ def change(case: Tilt) -> arb:
 
 def norm(x: Sequence[arb]) -> arb:
     """Return the Euclidean norm."""
-    return dot(x, x).sqrt()
+    return dot(x, x).nonnegative_part().sqrt()
 
 
 def highest(x: Sequence[arb]) -> arb:

@@ -127,7 +127,8 @@ def tilt_by_deviation(p: ArrayLike, v: ArrayLike, span: ArrayLike) -> Array:
     0.75
     """
     p, x = _centred(p, v)
-    return np.sinh(_real("span", span, 0.0) / 2) * np.sqrt(np.sum(p * x * x, axis=-1))
+    with np.errstate(over="ignore"):
+        return _times(np.sinh(_real("span", span, 0.0) / 2), np.sqrt(np.sum(p * x * x, axis=-1)))
 
 
 def tilt_by_mean_deviation(p: ArrayLike, v: ArrayLike, span: ArrayLike) -> Array:
@@ -141,7 +142,8 @@ def tilt_by_mean_deviation(p: ArrayLike, v: ArrayLike, span: ArrayLike) -> Array
     0.5
     """
     p, x = _centred(p, v)
-    return np.expm1(_real("span", span, 0.0)) / 2 * np.sum(p * np.abs(x), axis=-1)
+    with np.errstate(over="ignore"):
+        return _times(np.expm1(_real("span", span, 0.0)) / 2, np.sum(p * np.abs(x), axis=-1))
 
 
 def tilt_first_order(p: ArrayLike, v: ArrayLike, delta: ArrayLike) -> tuple[Array, Array]:
@@ -198,7 +200,7 @@ def box_output(p: ArrayLike, v: ArrayLike, error: ArrayLike) -> Array:
     p, x = _centred(p, v)
     error = _real("error", error, 0.0)
     with np.errstate(over="ignore", divide="ignore"):
-        return np.sum(p * np.expm1(error) * np.abs(x), axis=-1) / np.sum(p * np.exp(-error), axis=-1)
+        return _times(1 / np.sum(p * np.exp(-error), axis=-1), np.sum(_times(np.expm1(error), p * np.abs(x)), axis=-1))
 
 
 def relative_total_variation(error: ArrayLike) -> Array:
@@ -229,7 +231,9 @@ def lse_interval(p: ArrayLike, error: ArrayLike) -> tuple[Array, Array]:
     -0.4055 0.6931
     """
     p, error = _real("p", p, 0.0), _real("error", error, 0.0)
-    return np.log1p(np.sum(p * np.expm1(-error), axis=-1)), np.log1p(np.sum(p * np.expm1(error), axis=-1))
+    with np.errstate(over="ignore"):
+        high = np.log1p(np.sum(_times(np.expm1(error), p), axis=-1))
+    return np.log1p(np.maximum(np.sum(p * np.expm1(-error), axis=-1), -1.0)), high
 
 
 def query_jacobian(scale: ArrayLike, key_diameter: ArrayLike, value_diameter: ArrayLike) -> Array:
@@ -447,6 +451,12 @@ def _centred(p: ArrayLike, x: ArrayLike, name: str = "v") -> tuple[Array, Array]
     p, x = _real("p", p, 0.0), _real(name, x)
     _same_keys(p, x, name)
     return p, x - np.sum(p * x, axis=-1, keepdims=True)
+
+
+def _times(factor: Array, size: Array) -> Array:
+    """Multiply, with 0 where the size is 0 even if the factor overflowed."""
+    with np.errstate(invalid="ignore"):
+        return np.where(size == 0, 0.0, factor * size)
 
 
 def _splits(x: Array, down: Array, up: Array) -> Array:

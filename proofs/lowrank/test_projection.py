@@ -10,7 +10,7 @@ L1  Statement    R of r rows, independent entries of variance 1/r: p·RᵀR·v h
                  sd/√η from its mean with probability at most η.
     Derivation   One row g with unit variances: E[(g·p)²(g·v)²] = ‖p‖²‖v‖² + 2(p·v)² + (E g⁴ − 3)Σp_j²v_j²; subtract
                  (p·v)²; rows are independent and averaged. Chebyshev.
-    Equality     always (variance).
+    Equality     always (variance); three values, two of them on the radius (Chebyshev).
 
 L4  Statement    Any weights a, signed or not: |Σa_jv_j − o| ≤ ½range(v)·‖a−p‖₁ + |mid(v)|·|Σa_j − 1|.
     Derivation   Σ(a−p)_jv_j = Σ(a−p)_j(v_j − mid) + mid·(Σa_j − 1), |v_j − mid| ≤ ½range(v). No other centre c does
@@ -111,6 +111,14 @@ def test_random_signs_leave_the_radius_no_more_often_than_stated(
     far = arb(float(radius + slack(radius, 3)))
     mean = dot(exact(p), exact(v))
     tight("L1", number(sum((c for x, c in found if abs(x - mean) > far), arb(0))), delta)
+
+
+@pytest.mark.parametrize("delta", [2.0**-20, 0.125, 0.9375])
+def test_three_values_sit_on_the_radius(tight: Tight, delta: float) -> None:
+    """0 with probability 1 − δ, ±1 with δ/2 each: the deviation is √δ, the radius 1."""
+    radius = pt.chebyshev_radius(number(arb(delta).sqrt()), delta)
+    assert tight("L1", 1.0, radius, slack(radius, 3)) > SHARP
+    assert radius <= 1.0 + slack(radius, 3)
 
 
 def judge_signed(tight: Tight, p: Array, a: Array, v: Array) -> float:
