@@ -1,0 +1,470 @@
+r"""What leaving keys out costs: softmax over some of the keys against softmax over all that the mask allows.
+
+A row may see the set A, and looks at K, the part of it that is kept; D = A \\ K is dropped. With o over A, õ over K,
+
+.. math::
+    \tilde o - o = \rho\,(\tilde o - \mu_D), \qquad \rho = \sum_{j \in D} p_j = \mathrm{TV}(p, p_K)
+    = \frac{1}{1 + e^{\mathrm{lse}_K - \mathrm{lse}_D}}
+
+where :math:`\mu_D` is the mean of v over D under p. Among all weights supported on K none is nearer to p in total
+variation than softmax over K, at distance ρ. So a sparse method's error is ρ times a distance within the values:
+`bound` computes both, `mass` ρ alone, `mass_from_blocks` encloses ρ without reading the dropped keys, and the rest
+bounds it before any key is read. The bounds are mathematics evaluated in float64: whoever compares adds the rounding.
+Statements are numbered as in `proofs/README.md`, and `proofs/test_dropped.py` derives them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from refattn import _check, engines, masks, softmax
+from refattn.heads import leads, matrix
+from refattn.masks import Mask, Pairs
+from refattn.partial import Partial
+
+Array = NDArray[np.float64]
+Form = Literal["two_point", "cosh", "box", "ball"]
+FORMS: tuple[str, ...] = ("two_point", "cosh", "box", "ball")
+
+ROWS = 64
+CELLS = 2**22
+
+
+def bound(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    kept: Mask | Pairs | ArrayLike,
+    mask: Mask | Pairs | ArrayLike | None = None,
+    scale: float | None = None,
+) -> Array:
+    r"""How far softmax over the kept keys is from softmax over all that the mask allows, at most (S1).
+
+    .. math::
+        |\tilde o_{ic} - o_{ic}| \le \rho_i \max\Big(\max_{j \in D_i} v_{jc} - \tilde o_{ic},\;
+        \tilde o_{ic} - \min_{j \in D_i} v_{jc}\Big)
+
+    Equal when v is 1 on the dropped keys and 0 on the kept ones. A row that keeps nothing has õ = 0 and ρ = 1.
+
+    Parameters
+    ----------
+    q : (..., T, D)
+        Queries; leading axes and grouped heads as in `refattn.softmax.attend`.
+    k : (..., S, D)
+        Keys.
+    v : (..., S, E)
+        Values.
+    kept : Mask or (..., T, S) of bool
+        What each row looks at, as far as the mask allows it.
+    mask : Mask or (..., T, S) of bool, optional
+        What each row may see; everything unless given.
+    scale : float, optional
+        σ; the real number 1/√D unless given.
+
+    Returns
+    -------
+    (..., T, E) of float64
+        0 for rows that drop nothing. It reads every logit, a tile of rows at a time: O(T·S·D) time.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes or masks that do not fit, naming the argument.
+
+    Examples
+    --------
+    >>> from refattn import dropped, masks
+    >>> x = np.zeros((2, 1))
+    >>> dropped.bound(x, x, [[0.0], [2.0]], kept=masks.window(0, 0))
+    array([[1.],
+           [1.]])
+    """
+    values: Any = _check.array("v", v, "S E")
+    near, far = _split(q, k, kept, mask)
+    o, lse = softmax.partial(q, k, values, mask=near, scale=scale)
+    rho = _share(softmax.partial(q, k, values[..., :0], mask=far, scale=scale).lse, lse)
+    call = engines.problem(
+        q, k, values, bias=None, sink=None, softcap=None, order="softcap, bias", mask=far, scale=scale
+    )
+    reach = np.zeros(o.shape)
+    for n, one in enumerate(call.all()):
+        if one.pairs is not None:
+            _reach(matrix(reach, n), matrix(o, n), one.v, one.pairs)
+    return rho[..., None] * reach
+
+
+def mass(
+    q: ArrayLike,
+    k: ArrayLike,
+    *,
+    kept: Mask | Pairs | ArrayLike,
+    mask: Mask | Pairs | ArrayLike | None = None,
+    scale: float | None = None,
+) -> Array:
+    r"""Softmax mass of the keys that each row leaves out, ρ, (..., T): exactly how far its weights move (S1).
+
+    .. math:: \rho_i = \frac{1}{1 + e^{\mathrm{lse}_K - \mathrm{lse}_D}} = \mathrm{TV}(p_i, p_{i,K})
+
+    Arguments are `bound`'s without v. 0 for rows that drop nothing, 1 for rows that drop everything.
+
+    Examples
+    --------
+    >>> from refattn import dropped, masks
+    >>> dropped.mass([[0.0]], np.zeros((4, 1)), kept=masks.window(0, 0))
+    array([0.75])
+    """
+    none: Any = _check.array("k", k, "S D")[..., :0]
+    near, far = (softmax.partial(q, k, none, mask=pairs, scale=scale).lse for pairs in _split(q, k, kept, mask))
+    return _share(far, near)
+
+
+class Interval(NamedTuple):
+    """A lower and an upper bound."""
+
+    low: Any
+    high: Any
+
+
+class Blocks(NamedTuple):
+    """What is remembered of each block of neighbouring keys: B blocks, without the keys.
+
+    `count` (B,), `centre` (..., B, D), `covariance` (..., B, D, D) with divisor `count`, `radius` (..., B) about the
+    centre, and the corners `low` and `high` (..., B, D).
+    """
+
+    count: Any
+    centre: Any
+    covariance: Any
+    radius: Any
+    low: Any
+    high: Any
+
+    @classmethod
+    def of(cls, k: ArrayLike, size: int) -> Blocks:
+        """Summarise keys (..., S, D) in blocks of `size`; the last one may be shorter.
+
+        Examples
+        --------
+        >>> Blocks.of([[0.0], [2.0], [7.0]], 2).centre
+        array([[1.],
+               [7.]])
+        """
+        k = np.asarray(_check.array("k", k, "S D"), np.float64)
+        size, S, D = _check.integer("size", size, 1), k.shape[-2], k.shape[-1]
+        starts = range(0, S, size)
+        few = (*k.shape[:-2], len(starts))
+        out = cls(
+            np.array([min(size, S - start) for start in starts], np.int64),
+            np.zeros((*few, D)), np.zeros((*few, D, D)), np.zeros(few), np.zeros((*few, D)), np.zeros((*few, D)),
+        )  # fmt: skip
+        for b, start in enumerate(starts):
+            keys = k[..., start : start + size, :]
+            out.centre[..., b, :] = keys.mean(axis=-2)
+            away = keys - out.centre[..., b : b + 1, :]
+            out.covariance[..., b, :, :] = np.swapaxes(away, -1, -2) @ away / keys.shape[-2]
+            out.radius[..., b] = np.sqrt((away * away).sum(axis=-1)).max(axis=-1)
+            out.low[..., b, :], out.high[..., b, :] = keys.min(axis=-2), keys.max(axis=-2)
+        return out
+
+
+def mass_from_blocks(
+    q: ArrayLike,
+    blocks: Blocks,
+    lse: ArrayLike,
+    *,
+    dropped: ArrayLike,
+    scale: float | None = None,
+    form: Form = "two_point",
+) -> Interval:
+    r"""Enclose the dropped mass ρ from summaries of the blocks that each row leaves out (S2).
+
+    With :math:`x_j = \sigma q \cdot (k_j - c_b)`, of mean 0, variance ς² and range [−R₋, R₊] in block b,
+
+    .. math::
+        \ln \frac{R_-^2 e^{\varsigma^2/R_-} + \varsigma^2 e^{-R_-}}{R_-^2 + \varsigma^2}
+        \;\le\; \ln \Big(\frac{1}{n_b} \sum_{j \in b} e^{x_j}\Big) \;\le\;
+        \ln \frac{R_+^2 e^{-\varsigma^2/R_+} + \varsigma^2 e^{R_+}}{R_+^2 + \varsigma^2}
+
+    and ρ increases with the sum over the dropped blocks. R is the smaller of the ball's ‖σq‖·radius and the box's
+    side, so that no other form here is tighter, on either end. Equal when a block has two places, or one.
+
+    Parameters
+    ----------
+    q : (..., T, D)
+        Queries.
+    blocks : Blocks
+        Summaries of all keys, with the keys' leading axes.
+    lse : (..., T)
+        Log-sum-exp of each row over what it keeps, as `refattn.softmax.partial` returns it.
+    dropped : (..., T, B) of bool
+        The blocks that each row leaves out whole; every other key that it may see has to be in `lse`.
+    scale : float, optional
+        σ; the real number 1/√D unless given.
+    form : {"two_point", "cosh", "box", "ball"}
+        ``"cosh"`` is ln cosh R above and 0 below, ``"box"`` the corners, ``"ball"`` ±R. ``"two_point"`` costs O(B·D²)
+        a row, the others O(B·D).
+
+    Returns
+    -------
+    Interval of (..., T)
+        low ≤ ρ ≤ high.
+
+    Examples
+    --------
+    >>> from refattn import dropped
+    >>> blocks = dropped.Blocks.of([[-1.0], [1.0]], 2)
+    >>> low, high = dropped.mass_from_blocks([[1.0]], blocks, [np.log(np.cosh(1.0)) + np.log(2.0)], dropped=[[True]])
+    >>> print(low.round(9), high.round(9))
+    [0.5] [0.5]
+    """
+    q, lse = (np.asarray(_check.array(s, x, axes), np.float64) for s, x, axes in (("q", q, "T D"), ("lse", lse, "T")))
+    _check.size("blocks", blocks.centre.shape[-1], q.shape[-1], "D", "q")
+    _check.size("lse", lse.shape[-1], q.shape[-2], "T", "q")
+    _check.choice("form", form, FORMS)
+    left = np.asarray(dropped)
+    T, B = q.shape[-2], blocks.centre.shape[-2]
+    if left.dtype != np.bool_ or left.shape[-2:] != (T, B):
+        raise ValueError(f"dropped is {left.dtype} of shape {left.shape}; expected bool of shape (..., {T}, {B})")
+    sigma = _check.scale(scale, q.shape[-1])
+    joined = leads(
+        {"q": q.shape[:-2], "dropped": left.shape[:-2], "lse": lse.shape[:-1]}, {"blocks": blocks.centre.shape[:-2]}
+    )
+    ends = np.full((2, *joined.shape, T), -np.inf)
+    for n in range(math.prod(joined.shape)):
+        at = {name: int(index[n]) for name, index in joined.of.items()}
+        one = np.unravel_index(at["blocks"], blocks.centre.shape[:-2])
+        summary = Blocks(blocks.count, *(x[one] for x in blocks[1:]))
+        gone = matrix(left, at["dropped"])
+        for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
+            end[np.unravel_index(n, joined.shape)] = _lse(np.where(gone, level, -np.inf))
+    own = lse.reshape(-1, T)[joined.of["lse"]].reshape(*joined.shape, T)
+    return Interval(_share(ends[0], own), _share(ends[1], own))
+
+
+def mass_from_gap(gap: ArrayLike, kept: ArrayLike, keys: ArrayLike) -> Array:
+    r"""Bound the dropped mass when every kept logit is above every dropped one by a gap Γ, of any sign (S3).
+
+    .. math:: \rho \le \frac{(n - k)\,e^{-\Gamma}}{k + (n - k)\,e^{-\Gamma}}, \qquad
+              \Gamma = \min_{j \in K} s_j - \max_{j \in D} s_j
+
+    With |s| ≤ R nothing better than Γ = −2R is known: a window of any kind may drop nearly everything. Equal when the
+    kept logits are one number and the dropped ones another.
+
+    Examples
+    --------
+    >>> print(mass_from_gap(np.log(3.0), 2, 4).round(12))
+    0.25
+    """
+    gap, kept, keys = _real("gap", gap), _real("kept", kept, 0), _real("keys", keys, 0)
+    if np.any(kept > keys):
+        raise ValueError(f"kept is {kept.max():g} somewhere; expected at most keys, {keys.min():g}")
+    return _share(_log(keys - kept) - gap, _log(kept))
+
+
+def mass_from_topk(logits: ArrayLike, keys: ArrayLike) -> Array:
+    r"""Bound the dropped mass when the k kept logits, on the last axis, are the largest of n (S3).
+
+    .. math:: \rho \le \frac{(n - k)\,w_{(k)}}{W_K + (n - k)\,w_{(k)}} \le 1 - \frac kn, \qquad
+              w = e^{s}, \quad w_{(k)} = \min_{j \in K} w_j, \quad W_K = \sum_{j \in K} w_j
+
+    Equal when every dropped logit ties with the least kept one. No other set of k keys drops less.
+
+    Examples
+    --------
+    >>> print(mass_from_topk(np.log([3.0, 1.0]), 6).round(12))
+    0.5
+    """
+    s = np.asarray(_check.array("logits", logits, "k"), np.float64)
+    keys = _real("keys", keys, s.shape[-1])
+    return _share(_log(keys - s.shape[-1]) + s.min(axis=-1, initial=np.inf), _lse(s))
+
+
+def mass_from_decay(slope: ArrayLike, window: ArrayLike, span: ArrayLike, keys: ArrayLike = np.inf) -> Array:
+    r"""Bound the dropped mass of a causal window when logits fall with distance (S3).
+
+    .. math:: s_j = c_j - \alpha\,d_j: \qquad \rho \le \frac{1}{1 + e^{-\operatorname{osc} c}\,r}, \qquad
+              r = \frac{1 - e^{-\alpha (W + 1)}}{e^{-\alpha (W + 1)} - e^{-\alpha n}}
+              \;\ge\; e^{\alpha (W + 1)} - 1
+
+    for a row that sees n keys, at the distances d = 0, 1, …, n − 1, and keeps those with d ≤ W. Equal when c is at its
+    least on the window and at its greatest outside.
+
+    Parameters
+    ----------
+    slope : α > 0, such as ALiBi's.
+    window : W ≥ 0.
+    span : osc c ≥ 0, of the logits without the decay.
+    keys : n; any number unless given.
+
+    Examples
+    --------
+    >>> print(mass_from_decay(np.log(2.0), 1, 0.0).round(12), mass_from_decay(np.log(2.0), 1, 0.0, keys=3).round(12))
+    0.25 0.142857142857
+    """
+    slope, near, span = _real("slope", slope), _real("window", window, 0) + 1, _real("span", span, 0)
+    if np.any(slope <= 0):
+        raise ValueError(f"slope is {slope.min():g} somewhere; expected numbers above 0")
+    left = np.maximum(_real("keys", keys, 0) - near, 0.0)
+    return _share(span - slope * near + _log(-np.expm1(-slope * left)), _log(-np.expm1(-slope * near)))
+
+
+def window_for_decay(slope: float, span: float, mass: float) -> int:
+    r"""Return the smallest causal window that drops at most a given mass when logits fall with distance (S3).
+
+    .. math:: W + 1 \ge \frac1\alpha \ln\Big(1 + e^{\operatorname{osc} c}\,\frac{1 - \varepsilon}{\varepsilon}\Big)
+
+    The inverse of `mass_from_decay`, for any number of keys.
+
+    Examples
+    --------
+    >>> window_for_decay(0.5, 2.0, 0.01)
+    13
+    """
+    slope, mass = _check.positive("slope", slope), _check.probability("mass", mass)
+    odds = float(_real("span", span, 0)) + math.log1p(-mass) - math.log(mass)
+    least = float(np.logaddexp(0.0, odds)) / slope
+    return max(math.ceil(least) - 1, 0)
+
+
+def double_count(most: ArrayLike, least: ArrayLike = 1) -> Array:
+    r"""Bound the total variation when key j is counted c_j times, as overlapping parts that are merged do (S4).
+
+    .. math:: \mathrm{TV} \le \tanh\big(\tfrac14 \ln c\big) = \frac{\sqrt c - 1}{\sqrt c + 1}, \qquad
+              c = \frac{\max c_j}{\min c_j}
+
+    Equal when the keys counted most have mass 1/(1 + √c).
+
+    Examples
+    --------
+    >>> print(double_count(4))
+    0.3333333333333333
+    """
+    most, least = _real("most", most, 1), _real("least", least, 1)
+    if np.any(most < least):
+        raise ValueError(f"most is {most.min():g} somewhere; expected at least least, {least.max():g}")
+    root = np.sqrt(most / least)
+    return (root - 1) / (root + 1)
+
+
+def averaging(left: Partial, right: Partial) -> Array:
+    r"""Error of averaging two parts over disjoint keys instead of merging them, exactly and with its sign (S4).
+
+    .. math:: \tfrac12 (o_L + o_R) - o = (\tfrac12 - \alpha)(o_L - o_R), \qquad
+              \alpha = \frac{1}{1 + e^{\mathrm{lse}_R - \mathrm{lse}_L}}
+
+    Adding them instead makes rows that sum to 2. Takes parts of which each row sees something in at least one.
+
+    Examples
+    --------
+    >>> from refattn.partial import Partial
+    >>> averaging(Partial(np.array([[1.0]]), np.array([0.0])), Partial(np.array([[0.0]]), np.array([np.log(3.0)])))
+    array([[0.25]])
+    """
+    apart = np.asarray(right.lse, np.float64) - left.lse
+    return np.tanh(apart / 2)[..., None] / 2 * (left.o - right.o)
+
+
+def _split(q: Any, k: Any, kept: Any, mask: Any) -> tuple[Mask, Mask]:
+    """Return which pairs are kept and which are dropped, of those that the mask allows."""
+    T, S = _check.array("q", q, "T D").shape[-2], _check.array("k", k, "S D").shape[-2]
+    inner, whole = masks.bind(kept, T, S), masks.bind(mask, T, S)
+    if inner is None:
+        raise TypeError("kept is None; expected a mask or an array of booleans")
+    if whole is None:
+        return inner.mask, ~inner.mask
+    return whole.mask & inner.mask, whole.mask & ~inner.mask
+
+
+def _reach(out: Array, o: Array, v: Array, pairs: Pairs) -> None:
+    """Write how far each o is from the farther end of the values over the row's pairs; rows without pairs stay 0."""
+    (T, E), S = o.shape, len(v)
+    width = max(1, CELLS // max(1, S * max(ROWS // 2, S.bit_length())))
+    for first in range(0, E, width):
+        part = slice(first, first + width)
+        columns = np.asarray(v[:, part], np.float64)
+        high, low = _ranges(np.maximum, columns), _ranges(np.minimum, columns)
+        for start in range(0, T, ROWS):
+            runs = pairs.runs(slice(start, min(start + ROWS, T)))
+            some = np.flatnonzero(np.diff(runs.indptr))
+            if len(some) == 0:
+                continue
+            level = np.frexp(runs.stop - runs.start)[1] - 1
+            second, split = runs.stop - (1 << level), runs.indptr[some]
+            top = np.maximum.reduceat(np.maximum(high[level, runs.start], high[level, second]), split)
+            bottom = np.minimum.reduceat(np.minimum(low[level, runs.start], low[level, second]), split)
+            mine = o[start + some, part]
+            out[start + some, part] = np.maximum(top - mine, mine - bottom)
+
+
+def _ranges(pick: np.ufunc, x: Array) -> Array:
+    """Return the sparse table whose entry (l, j) is the extreme of rows j, …, j + 2^l − 1: any range is two of them."""
+    table = np.empty((max(1, len(x).bit_length()), *x.shape))
+    table[0] = x
+    for level in range(1, len(table)):
+        half = 1 << (level - 1)
+        count = len(x) - 2 * half + 1
+        table[level, :count] = pick(table[level - 1, :count], table[level - 1, half : half + count])
+    return table
+
+
+def _levels(q: Array, blocks: Blocks, form: str) -> tuple[Array, Array]:
+    """Bound the log-sum-exp of each block, (T, B), from below and above; q is scaled."""
+    up, down = np.maximum(q, 0.0), np.minimum(q, 0.0)
+    above, below = (blocks.high - blocks.centre).T, (blocks.low - blocks.centre).T
+    middle = np.log(blocks.count) + q @ blocks.centre.T
+    most, least = up @ above + down @ below, up @ below + down @ above
+    ball = np.sqrt((q * q).sum(axis=1))[:, None] * blocks.radius
+    if form == "box":
+        return middle + least, middle + most
+    if form == "ball":
+        return middle - ball, middle + ball
+    if form == "cosh":
+        return middle, middle + np.logaddexp(ball, -ball) - math.log(2)
+    variance = np.zeros(middle.shape)
+    for b, covariance in enumerate(blocks.covariance):
+        variance[:, b] = ((q @ covariance) * q).sum(axis=1)
+    variance = np.maximum(variance, 0.0)
+    least, most = -np.clip(-least, 0.0, ball), np.clip(most, 0.0, ball)
+    return middle + _two_point(least, variance), middle + _two_point(most, variance)
+
+
+def _two_point(end: Array, variance: Array) -> Array:
+    """Return ln E e^X of the X of mean 0 and this variance that is either `end` or one other number."""
+    still = end == 0
+    end = np.where(still, 1.0, end)
+    whole = end * end + variance
+    both = np.logaddexp(_log(variance / whole) + end, np.log(end * end / whole) - variance / end)
+    return np.where(still, 0.0, both)
+
+
+def _share(dropped: Array, kept: Array) -> Array:
+    """Return e^dropped / (e^dropped + e^kept), and 0 where both are −inf."""
+    top = np.maximum(dropped, kept)
+    shift = np.where(np.isneginf(top), 0.0, top)
+    a, b = np.exp(dropped - shift), np.exp(kept - shift)
+    return np.divide(a, a + b, out=np.zeros(top.shape), where=a + b != 0)
+
+
+def _lse(x: Array) -> Array:
+    """Log-sum-exp over the last axis; −inf where there is nothing."""
+    top: Array = x.max(axis=-1, initial=-np.inf)
+    shift = np.where(np.isneginf(top), 0.0, top)
+    return shift + _log(np.exp(x - shift[..., None]).sum(axis=-1))
+
+
+def _log(x: Array) -> Array:
+    with np.errstate(divide="ignore"):
+        return np.log(x)
+
+
+def _real(name: str, value: ArrayLike, least: float = -np.inf) -> Array:
+    """Widen real numbers to float64 and refuse those below `least`; NaN passes."""
+    x = np.asarray(_check.array(name, value, ""), np.float64)
+    if np.any(x < least):
+        raise ValueError(f"{name} is {x.min():g} somewhere; expected at least {least:g}")
+    return x
