@@ -127,7 +127,7 @@ def judge_query_jacobian(tight: Tight, p: Array, k: Array, v: Array, scale: floa
     size, determinant = dot(entries, entries), entries[0] * entries[3] - entries[1] * entries[2]
     gap = (size * size - 4 * determinant * determinant).nonnegative_part().sqrt()
     bound = pt.query_jacobian(scale, pt.ball_diameter(k), pt.ball_diameter(v))
-    return tight("P7", number(((size + gap) / 2).sqrt()), bound, slack(bound, 14))
+    return tight("P7", number(((size + gap) / 2).nonnegative_part().sqrt()), bound, slack(bound, 14))
 
 
 def test_two_equal_keys_reach_the_jacobian_in_the_query(tight: Tight) -> None:
