@@ -1,0 +1,170 @@
+"""The command line: ``refattn study [FILE.npz …]``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import click
+
+    from refattn.study import Capture, Table
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0, 1 where a proved bound was violated, 2 where an argument is at fault.
+
+    >>> main(["study", "nowhere.npz"])
+    Traceback (most recent call last):
+    SystemExit: 2
+    """
+    click = _need("click")
+    try:
+        given = None if arguments is None else list(arguments)
+        code = _command().main(args=given, prog_name="refattn", standalone_mode=False)
+    except click.ClickException as error:
+        print(f"refattn: {_line(error.format_message())}", file=sys.stderr)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _need(*names: str) -> Any:
+    """Import what an extra brings and return the first, or exit with the pip line."""
+    found: list[Any] = []
+    for name in names:
+        try:
+            found.append(importlib.import_module(name))
+        except ImportError:
+            print(
+                f"refattn study needs {name}, which is not installed; install it with: pip install 'refattn[study]'",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+    return found[0]
+
+
+def _command() -> click.Group:
+    import click
+
+    import refattn
+
+    @click.group(context_settings={"help_option_names": ["-h", "--help"]})
+    @click.version_option(refattn.__version__, prog_name="refattn")
+    def group() -> None:
+        """Answer questions about attention, with proofs."""
+
+    @group.command()
+    @click.argument("files", nargs=-1, metavar="[FILE.npz]...")
+    @click.option("--causal", is_flag=True, help="Each row sees its own position and those before it.")
+    @click.option("--scale", type=float, help="Scale of the logits; 1/sqrt(D) unless given.")
+    @click.option("--methods", metavar="A,B", help="Only these methods.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what methods draw.")
+    @click.option("--out", type=click.Path(path_type=Path), help="Folder for study.csv and study.png.")
+    def study(  # pyright: ignore[reportUnusedFunction]
+        files: tuple[str, ...], causal: bool, scale: float | None, methods: str | None, seed: int, out: Path | None
+    ) -> int:
+        """Measure how far each efficient attention is from exact softmax, and how far it could be at worst.
+
+        Each FILE holds arrays q (..., T, D), k (..., S, D) and v (..., S, E). Without one, a small capture of a
+        released model that comes with the package is used.
+        """
+        _need("rich", *(["matplotlib"] if out else []))
+        if out and out.exists() and not out.is_dir():
+            raise click.BadParameter(f"--out: {out} is a file; expected a folder", param_hint=None)
+        names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+        tables = _study(_captures(files), causal=causal, scale=scale, methods=names, seed=seed)
+        if out:
+            try:
+                _write(out, tables)
+            except OSError as error:
+                raise click.UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from None
+        return 1 if any(table.violations for table in tables) else 0
+
+    return group
+
+
+def _captures(files: Sequence[str]) -> dict[str, Capture]:
+    """Read every file before any work."""
+    import click
+
+    from refattn import study
+
+    if not files:
+        return {"the shipped sample": study.sample()}
+    found: dict[str, Capture] = {}
+    for name in files:
+        try:
+            found[name] = study.read(name)
+        except (ValueError, TypeError) as error:
+            raise click.UsageError(f"{name}: {error}") from None
+    return found
+
+
+def _study(captures: dict[str, Capture], *, causal: bool, **options: Any) -> list[Table]:
+    import rich.console
+
+    out = rich.console.Console()
+    tables: list[Table] = []
+    for name, capture in captures.items():
+        table = _compare(name, capture, causal=causal, **options)
+        tables.append(table)
+        if out.is_terminal:
+            out.print(table)
+        else:
+            print(table)
+        for sentence in table.violations:
+            print(f"{name}: {sentence}", file=sys.stderr)
+    return tables
+
+
+def _compare(name: str, capture: Capture, *, causal: bool, **options: Any) -> Table:
+    """Compare under a progress bar, which only a terminal shows."""
+    import click
+    import rich.console
+    import rich.progress
+
+    from refattn import masks, study
+
+    title, console = f"{name}, causal" if causal else name, rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        mask = masks.causal() if causal else None
+        try:
+            return study.compare(*capture, mask=mask, title=title, progress=progress, **options)
+        except (ValueError, TypeError) as error:
+            raise click.UsageError(f"{name}: {error}") from None
+
+
+def _write(out: Path, tables: Sequence[Table]) -> None:
+    """Write both files under other names first, so that what stands there is whole."""
+    from refattn import study
+
+    existed = out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=".study-") as folder:
+            study.write_csv(Path(folder) / "study.csv", tables)
+            study.plot(Path(folder) / "study.png", tables)
+            for name in ("study.csv", "study.png"):
+                os.replace(Path(folder) / name, out / name)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                out.rmdir()
+        raise
+
+
+def _line(message: str) -> str:
+    return " ".join(message.split())

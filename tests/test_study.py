@@ -1,0 +1,313 @@
+"""The study: its numbers recomputed, its verdicts, its files, and what it says about bad ones."""
+
+import csv
+import io
+import os
+import subprocess
+import sys
+import types
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refattn import cli, masks, method, rounding, softmax, study
+from refattn.kernel import linear_transformer
+from refattn.sparse import longformer
+from refattn.testing import assert_within
+
+RNG = np.random.default_rng(7)
+Q, K, V = RNG.standard_normal((2, 4, 24, 6)), RNG.standard_normal((2, 2, 32, 6)), RNG.standard_normal((2, 2, 32, 5))
+METHODS = ["longformer", "linformer", "linear_transformer"]
+
+
+def planted(shrink: float) -> dict[str, types.ModuleType]:
+    """Return a table of one method whose bound is too small by a factor."""
+    module = types.ModuleType("planted")
+    module.__dict__.update(vars(linear_transformer))
+    module.__dict__["bound"] = lambda q, k, v, **options: shrink * linear_transformer.bound(q, k, v, **options)
+    return {"linear_transformer": module}
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["study", *arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def saved(path: Path, **arrays: Any) -> str:
+    np.savez(path, **{"q": Q, "k": K, "v": V} | arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(4, 2)], ids=["none", "causal", "window"])
+def test_every_claim_holds_on_grouped_heads_with_fewer_rows_than_keys(mask: Any) -> None:
+    table = study.compare(Q, K, V, mask=mask)
+    assert {row.method.partition(" ")[0].partition(",")[0] for row in table.rows} == set(METHODS)
+    assert all(row.holds is True for row in table.rows) and not table.violations
+
+
+def test_a_claim_holds_for_a_sharp_softmax_and_a_scale_that_is_given() -> None:
+    assert all(row.holds for row in study.compare(30 * Q, K, V, scale=-2.0, mask=masks.causal()).rows)
+
+
+def test_each_row_says_what_it_is_measured_against() -> None:
+    def references(mask: Any) -> dict[str, str]:
+        return {row.method: row.reference for row in study.compare(Q, K, V, mask=mask).rows}
+
+    assert set(references(None).values()) == {"softmax, unmasked"}
+    causal, window = references(masks.causal()), references(masks.window(4, 0))
+    assert causal["longformer"] == causal["linear_transformer"] == window["longformer"] == "softmax, same mask"
+    assert causal["linformer"] == causal["linformer (fit)"] == window["linear_transformer"] == "softmax, unmasked"
+
+
+def test_a_mask_that_one_head_makes_unfit_is_left_out_for_all() -> None:
+    seen = np.ones((4, 24, 32), bool)
+    seen[3, :, 0] = False
+    (row,) = study.compare(Q, K, V, mask=seen, methods=["linear_transformer"]).rows
+    assert (row.reference, row.holds) == ("softmax, unmasked", True)
+
+
+def test_the_error_columns_are_those_of_the_dense_formulas() -> None:
+    def dense(q: Any, k: Any, v: Any) -> Any:
+        return longformer.weights(q, k, window=2).v @ v - softmax.weights(q, k) @ v
+
+    q, k, v = Q[0, 0], K[0, 0], V[0, 0]
+    row = next(row for row in study.compare(q, k, v, methods=["longformer"]).rows if row.budget == "window=2")
+    error, spread = np.abs(dense(q, k, v)), v.max(axis=0) - v.min(axis=0)
+    both = rounding.allowance(longformer.attend, q, k, v, window=2) + rounding.allowance(softmax.attend, q, k, v)
+    slack = both + rounding.allowance(dense, q, k, v) + 2 * rounding.U * error
+    mean = rounding.gamma(error.size + 4)  # the sums of a mean, its root, and a division by the spread
+    assert_within(row.error_max, error.max(), slack.max())
+    assert_within(row.error_rms, np.sqrt((error**2).mean()), slack.max() + mean * error.max())
+    relative = error / spread
+    assert_within(row.error_relative, np.sqrt((relative**2).mean()), (slack / spread).max() + mean * relative.max())
+    bound = longformer.bound(q, k, v, window=2)
+    assert row.bound_max == bound.max()
+    sure = error > slack
+    ratio = (bound / error)[sure]
+    assert sure.mean() > 0.9 and row.bound_ratio is not None
+    assert_within(row.bound_ratio, np.median(ratio), (ratio * 2 * slack[sure] / (error - slack)[sure]).max())
+
+
+def test_cost_is_a_part_of_exact_attention_with_the_mask() -> None:
+    q = Q[0, 0]
+    rows = study.compare(q, q, q, mask=masks.causal(), methods=["longformer", "linformer"]).rows
+    pairs = sum(min(i, 1) + 1 for i in range(24))
+    assert rows[0].cost == pairs / (24 * 25 / 2)
+    assert next(row for row in rows if row.method == "linformer").cost == 48 / (24 * 25 / 2)
+
+
+def test_an_error_within_rounding_counts_as_none() -> None:
+    (row,) = study.compare(Q[0, 0], K[0, 0, :1], V[0, 0, :1], methods=["linear_transformer"]).rows
+    assert row.error_relative == 0 and row.holds and np.isnan(row.bound_ratio)
+
+
+def test_the_same_seed_draws_the_same_rows() -> None:
+    def rows(seed: int) -> list[study.Row]:
+        found = study.compare(Q, K, V, methods=["linformer"], seed=seed).rows
+        return [row._replace(seconds=0.0) for row in found if row.method == "linformer"]
+
+    assert rows(3) == rows(3) != rows(4)
+
+
+def test_progress_runs_to_the_end() -> None:
+    seen: list[tuple[int, int]] = []
+    table = study.compare(Q, K, V, methods=["longformer"], progress=lambda *at: seen.append(at))
+    total = 8 * len(table.rows)
+    assert seen == [(n, total) for n in range(total + 1)]
+
+
+def test_a_bound_that_is_too_small_is_reported_loudly(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study.compare(Q, K, V, methods=["linear_transformer"]).rows[0].holds
+    monkeypatch.setattr(method, "modules", lambda: planted(0.01))
+    table = study.compare(Q, K, V)
+    assert table.rows[0].holds is False and "VIOLATED: linear_transformer" in str(table)
+    assert run(saved(tmp_path / "a.npz")) == 1
+    assert "VIOLATED" in capsys.readouterr().err
+
+
+def test_a_bound_that_is_nan_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method, "modules", lambda: planted(np.nan))
+    assert study.compare(Q, K, V).rows[0].holds is False
+
+
+def test_a_table_comes_back_from_csv_bit_for_bit(tmp_path: Path) -> None:
+    table = study.compare(Q, K, V, title="drawn")
+    table.to_csv(tmp_path / "t.csv")
+    with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
+        back = list(csv.DictReader(file))
+    assert [line.pop("input") for line in back] == ["drawn"] * len(table.rows)
+    for line, row in zip(back, table.rows, strict=True):
+        for name, x in row._asdict().items():
+            assert x == (line[name] == "True" if isinstance(x, bool) else type(x)(line[name])), name
+    assert table.to_dict()["budget"] == [line["budget"] for line in back]
+
+
+def test_a_rich_console_gets_every_row() -> None:
+    from rich.console import Console
+
+    table = study.compare(Q, K, V, title="drawn [toy]")
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table)
+    text = console.export_text()
+    assert "drawn [toy]" in text and all(row.budget in text and row.method in text for row in table.rows)
+
+
+def test_out_gets_a_table_and_a_picture_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [saved(tmp_path / f"{name}.npz", token_ids=np.arange(3)) for name in "ab"]
+    out = tmp_path / "new" / "out"
+    assert run(*files, "--causal", "--methods", "longformer, linear_transformer", "--out", str(out)) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["study.csv", "study.png"]
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    lines = (out / "study.csv").read_text(encoding="utf-8").splitlines()
+    shown, said = capsys.readouterr()
+    assert said == "" and shown.count("linear_transformer") == 2
+    assert {line.split('"')[1] for line in lines[1:]} == {f"{name}, causal" for name in files}
+
+
+def test_nothing_half_written_is_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study, "plot", full)
+    assert run(saved(tmp_path / "a.npz"), "--methods", "longformer", "--out", str(tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--out" in said and "No space left" in said
+    assert not (tmp_path / "out").exists()
+
+
+def ragged() -> Any:
+    rows = np.empty(2, object)
+    rows[:] = [[1.0], [1.0, 2.0]]
+    return rows
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "bool": ({"k": K > 0}, "k has dtype bool"),
+    "complex": ({"v": V + 0j}, "v has dtype complex128"),
+    "string": ({"q": Q.astype(str)}, "q has dtype"),
+    "ragged": ({"k": ragged()}, "k holds Python objects"),
+    "nan": ({"v": np.where(V == V[1, 1, 2, 3], np.nan, V)}, "v holds nan at [1, 1, 2, 3]"),
+    "infinite": ({"q": np.full((3, 6), -np.inf)}, "q holds -inf at [0, 0]"),
+    "one axis": ({"q": Q[0, 0, 0]}, "q has shape (6,)"),
+    "depths differ": ({"k": K[..., :5]}, "k has D = 5; expected 6"),
+    "lengths differ": ({"v": V[..., :30, :]}, "v has S = 30; expected 32"),
+    "heads do not divide": ({"q": Q[:, :3]}, "k has 2 heads"),
+    "batches differ": ({"v": np.concatenate([V, V[:1]])}, "v has leading axes"),
+    "empty": ({"q": Q[..., :0, :]}, "nothing to compare"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_file_of_bad_arrays_is_refused_in_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays, words = BAD[case]
+    refused(capsys, tmp_path, saved(tmp_path / "bad.npz", **arrays), words)
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "empty", "text", "npy", "truncated", "damaged", "no v"])
+def test_a_file_that_is_no_capture_is_refused_in_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.npz"
+    whole = Path(saved(path)).read_bytes()
+    words = "truncated"
+    if case == "missing":
+        path.unlink()
+        words = "No such file"
+    elif case == "folder":
+        path.unlink()
+        path.mkdir()
+        words = "directory"
+    elif case == "empty":
+        path.write_bytes(b"")
+    elif case == "text":
+        path.write_text("q, k, v")
+    elif case == "npy":
+        with open(path, "wb") as file:
+            np.save(file, Q)
+        words = "one array"
+    elif case == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif case == "damaged":
+        path.write_bytes(whole[:900] + bytes(100) + whole[1000:])
+        words = "q cannot be read"
+    else:
+        np.savez(path, q=Q, k=K, values=V)
+        words = "v is missing; expected q, k and v, and the file holds q, k, values"
+    refused(capsys, tmp_path, str(path), words)
+
+
+def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, words: str) -> None:
+    good, out = saved(tmp_path / "good.npz"), tmp_path / "out"
+    assert run(good, file, "--methods", "linear_transformer", "--out", str(out)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and file in said and words in said and "Traceback" not in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--methods", "softmin"], "methods is 'softmin'; expected one of"),
+        (["--methods", ""], "methods is empty"),
+        (["--scale", "nan"], "scale is nan"),
+        (["--scale", "wide"], "--scale"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--out", __file__], "--out"),
+        (["--sideways"], "--sideways"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(
+    options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*options) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and words in said.err and said.out == ""
+
+
+@pytest.mark.parametrize("name", ["rich", "click", "matplotlib"])
+def test_a_missing_extra_is_named_with_the_pip_line(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run("--out", "unused") == 2
+    line = f"refattn study needs {name}, which is not installed; install it with: pip install 'refattn[study]'\n"
+    assert capsys.readouterr().err == line
+
+
+def test_importing_the_study_loads_no_extra() -> None:
+    script = "import sys, refattn.cli, refattn.study; print({'click', 'rich', 'matplotlib'} & set(sys.modules))"
+    root = Path(cli.__file__).parents[1]
+    paths = os.pathsep.join((str(root), str(root / "backends")))
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.stdout.split() == [b"set()"], done.stderr
+
+
+def test_the_sample_is_shipped_with_its_provenance(capsys: pytest.CaptureFixture[str]) -> None:
+    q, k, v = study.sample()
+    assert q.shape == k.shape == v.shape == (2, 2, 304, 32) and q.dtype == np.float32
+    folder = resources.files("refattn.study")
+    assert len((folder / "sample.npz").read_bytes()) < 600_000
+    note = (folder / "sample.md").read_text(encoding="utf-8")
+    assert all(words in note for words in ("all-MiniLM-L6-v2", "Apache License 2.0", "Public domain"))
+    assert run("--methods", "linear_transformer") == 0
+    assert "the shipped sample" in capsys.readouterr().out
+
+
+def test_an_argument_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask is bound to T = 3"):
+        study.compare(Q, K, V, mask=masks.causal().on(3, 3))
+    with pytest.raises(TypeError, match="methods is 'softmax'; expected a sequence"):
+        study.compare(Q, K, V, methods="softmax")
+    with pytest.raises(ValueError, match="methods is 'softmax'; expected one of 'longformer'"):
+        study.compare(Q, K, V, methods=["softmax"])
