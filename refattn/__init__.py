@@ -4,7 +4,20 @@ The right answer, how far another may be from it (proved), and why. Every attent
 same everywhere: ``attend``, ``weights``, ``vjp``, ``bound``, ``draw``, ``cost``, and ``step`` where there is a state.
 """
 
-from refattn import bias, engines, heads, kernel, lowrank, masks, method, partial, perturbation, rounding, softmax, sparse
+from refattn import (
+    bias,
+    engines,
+    heads,
+    kernel,
+    lowrank,
+    masks,
+    method,
+    partial,
+    perturbation,
+    rounding,
+    softmax,
+    sparse,
+)
 from refattn.engines import Backend, Unsupported
 
 __all__ = [

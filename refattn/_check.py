@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refattn.arithmetic import Arithmetic
 
 _EXACT_INTEGERS = 2**53
 
 
-def array(name: str, value: Any, axes: str) -> Any:
+def array(name: str, value: Any, axes: str) -> NDArray[Any]:
     """Return `value` as an array of real numbers with at least the named trailing axes.
 
     An array keeps its dtype: engines decide what to compute in. An `Arithmetic` passes through, so that the
@@ -23,7 +24,7 @@ def array(name: str, value: Any, axes: str) -> Any:
     if isinstance(value, Arithmetic):
         if value.ndim != ndim:
             raise ValueError(f"{name} has shape {value.shape}; another arithmetic takes exactly ({axes})")
-        return value
+        return cast("NDArray[Any]", value)
     try:
         x = np.asarray(value)
     except ValueError as error:

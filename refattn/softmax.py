@@ -125,9 +125,7 @@ def attend(
     array([[1.],
            [2.]])
     """
-    call = engines.problem(
-        q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
-    )
+    call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     return _forward(call, engines.choose(backend)).o
 
 
@@ -155,9 +153,7 @@ def partial(
     >>> softmax.partial([[0.0]], [[0.0], [0.0]], [[1.0], [3.0]]).lse
     array([0.69314718])
     """
-    call = engines.problem(
-        q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
-    )
+    call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     return _forward(call, engines.choose(backend))
 
 
@@ -182,9 +178,7 @@ def weights(
     >>> softmax.weights([[0.0]], [[0.0], [0.0]])
     array([[0.5, 0.5]])
     """
-    call = engines.problem(
-        q, k, None, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
-    )
+    call = engines.problem(q, k, None, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     T, S, _, _ = call.sizes
     if isinstance(call.q, Arithmetic):
         return call.q.softmax_forward(call.one(0))[0]
@@ -242,9 +236,7 @@ def vjp(
     array([[0.5],
            [0.5]])
     """
-    call = engines.problem(
-        q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
-    )
+    call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     T, _, _, E = call.sizes
     do = _check.array("do", do, "T E")
     if do.shape != (*call.leads.shape, T, E):

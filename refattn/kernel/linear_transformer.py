@@ -231,36 +231,23 @@ def bound(
     array([[0.]])
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
-    sigma = _check.scale(scale, call.q.shape[-1])
-    (T, S, E), of, phi = call.sizes, call.leads.of, feature_map.of
+    sigma, of = _check.scale(scale, call.q.shape[-1]), call.leads.of
     o = np.asarray(linear.forward(call, Backend("numpy"))[0])
     out = np.zeros_like(o)
     for n in range(int(np.prod(call.leads.shape))):
-        x, y, values = (np.asarray(matrix(a, of[s][n]), np.float64) for s, a in (("q", call.q), ("k", call.k), ("v", call.v)))
-        ends, fk = call.ends(n), phi(y)
-        low, high = _running(np.minimum, values, np.inf), _running(np.maximum, values, -np.inf)
-        for rows in np.array_split(np.arange(T), max(1, T * S // 2**20)):
-            seen = np.arange(S) < ends[rows][:, None]
-            kappa = phi(x[rows]) @ fk.T
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.where(seen & (kappa > 0), np.log(kappa) - sigma * (x[rows] @ y.T), np.nan)
-            signed = (seen & ~(kappa > 0)).any(axis=1)
-            span = np.where(seen, ratio, -np.inf).max(axis=1, initial=-np.inf) - np.where(seen, ratio, np.inf).min(
-                axis=1, initial=np.inf
-            )
-            some = ends[rows] > 0
-            tv = perturbation.tilt_total_variation(np.where(some, span, 0.0))
-            den = np.where(seen, kappa, 0.0).sum(axis=1)
-            lo, hi, here = low[ends[rows]], high[ends[rows]], matrix(o, n)[rows]
-            shrunk = np.abs(here) * (eps / np.where(some & (den > 0), den, 1.0))[:, None]
-            claim = np.where(signed[:, None], np.inf, tv[:, None] * (hi - lo) + shrunk)
-            trivial = np.maximum(np.abs(here - lo), np.abs(hi - here))
-            matrix(out, n)[rows] = np.where(some[:, None], np.minimum(claim, trivial), 0.0)
+        one = (np.asarray(matrix(x, of[s][n]), np.float64) for s, x in (("q", call.q), ("k", call.k), ("v", call.v)))
+        _bound(matrix(out, n), matrix(o, n), *one, call.ends(n), call, sigma)
     return out
 
 
 def cost(
-    T: int, S: int, D: int, E: int, *, feature_map: FeatureMap = elu_plus_one, mask: Mask | Pairs | ArrayLike | None = None
+    T: int,
+    S: int,
+    D: int,
+    E: int,
+    *,
+    feature_map: FeatureMap = elu_plus_one,
+    mask: Mask | Pairs | ArrayLike | None = None,
 ) -> Cost:
     """Return what one head costs: no pair is formed, 2(r+1)(E+1) flops a key and a query each.
 
@@ -272,6 +259,32 @@ def cost(
     return Cost(pairs=0, flops=2 * (T + S) * r * (E + 1), bytes=8 * (T * (D + E) + S * (D + E)))
 
 
-def _running(reach: Any, v: NDArray[np.float64], start: float) -> NDArray[np.float64]:
-    """Return the extremes of the first h rows for h = 0…S."""
-    return reach.accumulate(np.concatenate([np.full((1, v.shape[1]), start), v]), axis=0)
+def _bound(
+    out: NDArray[np.float64],
+    o: NDArray[np.float64],
+    q: NDArray[np.float64],
+    k: NDArray[np.float64],
+    v: NDArray[np.float64],
+    ends: NDArray[np.int64],
+    call: linear.Problem,
+    sigma: float,
+) -> None:
+    """Fill the bound of one problem, a tile at a time; rows that see nothing keep their 0."""
+    phi, live = call.feature_map.of, np.flatnonzero(ends)
+    if len(live) == 0:
+        return
+    fk = phi(k)
+    low, high = np.minimum.accumulate(v), np.maximum.accumulate(v)
+    for rows in np.array_split(live, max(1, len(live) * len(k) // 2**20)):
+        seen = np.arange(len(k)) < ends[rows][:, None]
+        kappa = phi(q[rows]) @ fk.T
+        positive = (kappa > 0) | ~seen
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.log(kappa) - sigma * (q[rows] @ k.T)
+        span = np.where(seen, ratio, -np.inf).max(axis=1) - np.where(seen, ratio, np.inf).min(axis=1)
+        sure = positive.all(axis=1)
+        tv = perturbation.tilt_total_variation(np.where(sure, span, 0.0))[:, None]
+        shrink = call.eps / np.where(sure, np.where(seen, kappa, 0.0).sum(axis=1), 1.0)[:, None]
+        lo, hi, here = low[ends[rows] - 1], high[ends[rows] - 1], o[rows]
+        claim = np.where(sure[:, None], tv * (hi - lo) + np.abs(here) * shrink, np.inf)
+        out[rows] = np.minimum(claim, np.maximum(np.abs(here - lo), np.abs(hi - here)))

@@ -103,7 +103,9 @@ def attend(
     return softmax.attend(q, E @ k, F @ v, scale=scale, backend=backend)
 
 
-def weights(q: ArrayLike, k: ArrayLike, E: ArrayLike, F: ArrayLike, *, scale: float | None = None) -> NDArray[np.float64]:
+def weights(
+    q: ArrayLike, k: ArrayLike, E: ArrayLike, F: ArrayLike, *, scale: float | None = None
+) -> NDArray[np.float64]:
     r"""Return the effective weights softmax(σ Q (E K)ᵀ) F, (..., T, S): signed, of any row sum.
 
     >>> from refattn.lowrank import linformer
@@ -193,13 +195,10 @@ def fit(
 
     Examples
     --------
-    >>> from refattn import softmax
     >>> from refattn.lowrank import linformer
-    >>> rng = np.random.default_rng(0)
-    >>> q, k, v = rng.standard_normal((3, 6, 2))
-    >>> E, F = linformer.fit(q, k, v, rank=6)
-    >>> bool(abs(linformer.attend(q, k, v, E, F) - softmax.attend(q, k, v)).max() < 1e-6)
-    True
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 6, 2))
+    >>> [x.shape for x in linformer.fit(q, k, v, rank=2)]
+    [(2, 6), (2, 6)]
     """
     q, k, v, _, _ = _checked(q, k, v, None, None)
     P = softmax.weights(q, k, scale=scale)

@@ -155,7 +155,9 @@ def weights(
     near, far = _masks(q, k, window, dilation, tokens, mask)
     return Weights(
         softmax.weights(q, k, mask=near, scale=scale),
-        softmax.weights(q if q_global is None else q_global, k if k_global is None else k_global, mask=far, scale=scale),
+        softmax.weights(
+            q if q_global is None else q_global, k if k_global is None else k_global, mask=far, scale=scale
+        ),
     )
 
 
@@ -314,7 +316,11 @@ def _masks(q: Any, k: Any, window: int, dilation: int, tokens: Sequence[int], ma
 
 def _global(q: Any, k: Any, v: Any, q_global: Any, k_global: Any, v_global: Any) -> tuple[Any, Any, Any]:
     """Return what the rows of global tokens read."""
-    pairs = (("q", q, "q_global", q_global, "T D"), ("k", k, "k_global", k_global, "S D"), ("v", v, "v_global", v_global, "S E"))
+    pairs = (
+        ("q", q, "q_global", q_global, "T D"),
+        ("k", k, "k_global", k_global, "S D"),
+        ("v", v, "v_global", v_global, "S E"),
+    )
     out: list[Any] = []
     for name, own, name_global, other, axes in pairs:
         own = _check.array(name, own, axes)

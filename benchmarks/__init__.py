@@ -1,0 +1,1 @@
+"""Commands that print measured figures: `python -m benchmarks` (speed, memory) and `python -m benchmarks.evidence`."""

@@ -1,0 +1,180 @@
+"""Hypothesis strategies that draw a method's arguments from its own declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from refattn import masks
+from refattn.method import REQUIRED, Method
+
+KINDS = ("normal", "small", "large", "ties", "peaked", "offset")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with arguments drawn for it, without leading axes.
+
+    `arrays` are those of ``METHOD.arrays`` that are given; `options` hold the options, the mask and the scale.
+    """
+
+    module: ModuleType
+    sizes: Mapping[str, int]
+    arrays: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    @property
+    def method(self) -> Method:
+        """The method's declaration."""
+        return self.module.METHOD
+
+    def arguments(self, *, without: tuple[str, ...] = ()) -> tuple[list[Any], dict[str, Any]]:
+        """Return positional and keyword arguments of `attend`, without some."""
+        given = {s: x for s, x in self.arrays.items() if s not in without}
+        positional = [given.pop(s) for s in self.method.required if s not in without]
+        return positional, {**given, **self.options}
+
+    def attend(self) -> Any:
+        """Return the method's output."""
+        positional, named = self.arguments()
+        return self.module.attend(*positional, **named)
+
+    def weights(self) -> dict[str, Any]:
+        """Return the weights, by the argument that each matrix multiplies."""
+        positional, named = self.arguments(without=self.method.linear_in)
+        out = self.module.weights(*positional, **named)
+        return out._asdict() if len(self.method.linear_in) > 1 else {self.method.linear_in[0]: out}
+
+    def vjp(self, do: Any) -> dict[str, Any]:
+        """Return the gradients by argument name, of those that are given."""
+        positional, named = self.arguments()
+        out = self.module.vjp(do, *positional, **named)._asdict()
+        return {name: g for name, g in out.items() if name in self.arrays}
+
+    def bound(self) -> Any:
+        """Return the distance to exact attention at most."""
+        positional, named = self.arguments()
+        return self.module.bound(*positional, **named)
+
+    def exact(self) -> Any:
+        """Return what `bound` is measured against: the module's `exact`, or softmax attention."""
+        from refattn import softmax
+
+        verb = getattr(self.module, "exact", softmax.attend)
+        names = verb.__code__.co_varnames[: verb.__code__.co_argcount + verb.__code__.co_kwonlyargcount]
+        positional = [self.arrays[s] for s in ("q", "k", "v")]
+        rest = {s: x for s, x in {**self.arrays, **self.options}.items() if s in names and s not in ("q", "k", "v")}
+        return verb(*positional, **rest)
+
+    def given(self, **changes: Any) -> Case:
+        """Return the case with other arrays or options."""
+        arrays = {s: changes.pop(s, x) for s, x in self.arrays.items()}
+        return replace(self, arrays=arrays, options={**self.options, **changes})
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    module: ModuleType,
+    *,
+    most: int = 7,
+    least: int = 0,
+    square: bool = False,
+    masked: bool | None = None,
+) -> Case:
+    """Draw arguments from a method's declared domain.
+
+    Parameters
+    ----------
+    module
+        The method.
+    most, least
+        Largest and smallest T and S.
+    square
+        T = S.
+    masked
+        None: with or without a mask, as drawn. False: without. True: with one, where the method takes masks.
+    """
+    method: Method = module.METHOD
+    size = st.integers(least, most)
+    S = draw(size)
+    sizes = {"T": S if square else draw(size), "S": S, "D": draw(st.integers(1, 4)), "E": draw(st.integers(1, 3))}
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(KINDS))
+    arrays: dict[str, Any] = {}
+    for name, axes in method.arrays.items():
+        if name in method.drawn or (axes.endswith("?") and not draw(st.booleans())):
+            continue
+        shape = tuple(sizes[a] for a in axes.rstrip("?").split())
+        arrays[name] = numbers(rng, shape, kind)
+    if method.drawn:
+        chosen = {name: draw(st.sampled_from(option.values(sizes))) for name, option in method.draw_options.items()}
+        made = module.draw(rng, arrays["q"], arrays["k"], arrays["v"], **chosen)
+        arrays.update(zip(method.drawn, made if isinstance(made, tuple) else (made,), strict=True))
+    options = {
+        name: draw(st.sampled_from(option.values(sizes)))
+        for name, option in method.options.items()
+        if option.default is REQUIRED or draw(st.booleans())
+    }
+    if method.masks != "none":
+        options["mask"] = draw(prefix_masks(sizes) if method.masks == "prefix" else any_masks(sizes, rng))
+        if masked is False:
+            options["mask"] = None
+        elif masked and options["mask"] is None:
+            options["mask"] = masks.causal()
+    if "scale" in module.attend.__kwdefaults__:
+        options["scale"] = draw(st.sampled_from((None, 0.25, 1.0)))
+    return Case(module, sizes, arrays, options)
+
+
+def numbers(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> NDArray[np.float64]:
+    """Return multiples of 1/64, so that sums of two are exact: of one of the kinds that attention meets."""
+    x = np.asarray(rng.standard_normal(shape))
+    if kind == "small":
+        x = x / 16
+    elif kind == "large":
+        x = x * 8
+    elif kind == "ties":
+        x = np.round(x)
+    elif kind == "peaked":
+        x = x * np.where(rng.random(shape) < 0.25, 6.0, 0.25)
+    elif kind == "offset":
+        x = x + 4.0
+    return np.asarray(np.round(x * 64) / 64)
+
+
+def prefix_masks(sizes: Mapping[str, int]) -> st.SearchStrategy[Any]:
+    """Draw a mask whose rows see the first keys, never fewer than the row before; or None."""
+    S = sizes["S"]
+    return st.one_of(
+        st.none(),
+        st.just(masks.causal()),
+        st.builds(lambda n: masks.lengths(n), st.integers(0, S)),
+        st.builds(lambda n: masks.prefix(n) | masks.causal(), st.integers(0, S)),
+        st.builds(lambda n: masks.causal().at(n), st.integers(-2, 3)),
+    )
+
+
+def any_masks(sizes: Mapping[str, int], rng: np.random.Generator) -> st.SearchStrategy[Any]:
+    """Draw a mask, bound or not, or an array of booleans, or None."""
+    T, S = sizes["T"], sizes["S"]
+    small = st.integers(0, 3)
+    leaves = st.one_of(
+        prefix_masks(sizes).filter(lambda m: m is not None),
+        st.builds(masks.window, small, st.one_of(st.none(), small)),
+        st.builds(masks.dilated, small, small, st.integers(1, 3)),
+        st.builds(masks.block_local, st.integers(1, 3)),
+        st.builds(masks.strided, st.integers(1, 3)),
+        st.builds(lambda: masks.segments(rng.integers(0, 2, T), rng.integers(0, 2, S))),
+        st.builds(lambda: masks.dense(rng.random((T, S)) < 0.6)),
+    )
+    joined = st.one_of(
+        leaves, st.builds(lambda a, b: a & b, leaves, leaves), st.builds(lambda a, b: a | ~b, leaves, leaves)
+    )
+    return st.one_of(st.none(), joined, joined.map(lambda m: m.on(T, S)), st.builds(lambda: rng.random((T, S)) < 0.6))
