@@ -55,8 +55,8 @@ import pytest
 from flint import arb
 from hypothesis import given, target
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
+from proofs.dropping import Seen, bound_rounding, mass_relative
 from proofs.exact import (
     LIBM,
     SHARP,
@@ -73,7 +73,7 @@ from proofs.exact import (
     slack,
     weights,
 )
-from refattn import dropped, partial, rounding, softmax
+from refattn import dropped, partial, softmax
 from refattn.partial import Partial
 from refattn.rounding import gamma
 
@@ -93,15 +93,15 @@ class Sparse(NamedTuple):
     q: Array
     k: Array
     v: Array
-    mask: NDArray[np.bool_]
-    kept: NDArray[np.bool_]
+    mask: Seen
+    kept: Seen
 
     @property
-    def near(self) -> NDArray[np.bool_]:
+    def near(self) -> Seen:
         return self.mask & self.kept
 
     @property
-    def far(self) -> NDArray[np.bool_]:
+    def far(self) -> Seen:
         return self.mask & ~self.kept
 
 
@@ -124,31 +124,16 @@ def unnormalised(case: Sparse) -> list[list[arb]]:
     return [[(dot(exact(a), exact(b)) * scale).exp() for b in case.k] for a in case.q]
 
 
-def over(w: list[arb], seen: NDArray[np.bool_]) -> list[arb]:
+def over(w: list[arb], seen: Seen) -> list[arb]:
     """Return the weights of one row over the keys that it sees, or zeros."""
     z = sum((x for x, s in zip(w, seen, strict=True) if s), arb(0))
     return [x / z if s else arb(0) for x, s in zip(w, seen, strict=True)]
 
 
-def charge(case: Sparse) -> tuple[Array, Array]:
-    """Bound the relative error of the computed ρ, (T,), and the error of the computed õ, (T, E).
-
-    ρ's logit is a difference of two log-sum-exps with their allowances; then one exp, a sum and a quotient.
-    """
-    near, far = (rounding.allowance(softmax.partial, case.q, case.k, case.v, mask=m) for m in (case.near, case.far))
-    own, rest = (softmax.partial(case.q, case.k, case.v, mask=m).lse for m in (case.near, case.far))
-    gap = np.abs(np.where(np.isfinite(own), own, 0.0) - np.where(np.isfinite(rest), rest, 0.0))
-    return np.expm1(near.lse + far.lse + gamma(1) * gap) + gamma(LIBM + 4), near.o
-
-
 def judge_sparse(tight: Tight, case: Sparse) -> Array:
     """Judge S1's bound, and return error ÷ bound for each output."""
-    bound, mass = (
-        dropped.bound(*case[:3], mask=case.mask, kept=case.kept),
-        dropped.mass(*case[:2], mask=case.mask, kept=case.kept),
-    )
-    relative, o = charge(case)
-    room = relative[:, None] * (bound + o) + mass[:, None] * o + slack(bound, 2)
+    bound = dropped.bound(*case[:3], mask=case.mask, kept=case.kept)
+    room = bound_rounding(bound, *case[:3], case.near, case.far)
     ratios = np.zeros(bound.shape)
     for i, w in enumerate(unnormalised(case)):
         before, after = over(w, case.mask[i]), over(w, case.near[i])
@@ -174,7 +159,7 @@ def test_the_dropped_mass_is_the_distance_of_the_weights_and_no_weights_on_the_k
     tight: Tight, case: Sparse, other: st.DataObject
 ) -> None:
     mass = dropped.mass(*case[:2], mask=case.mask, kept=case.kept)
-    room, best = charge(case)[0] * mass + slack(mass, 1), 0.0
+    room, best = mass_relative(*case[:2], case.near, case.far) * mass + slack(mass, 1), 0.0
     for i, w in enumerate(unnormalised(case)):
         keys = np.flatnonzero(case.near[i])
         if len(keys):
@@ -227,7 +212,7 @@ class Summarised(NamedTuple):
     q: Array
     k: Array
     size: int
-    dropped: NDArray[np.bool_]
+    dropped: Seen
     scale: float
 
 

@@ -234,16 +234,15 @@ def mass_from_blocks(
     joined = leads(
         {"q": q.shape[:-2], "dropped": left.shape[:-2], "lse": lse.shape[:-1]}, {"blocks": blocks.centre.shape[:-2]}
     )
-    ends = np.full((2, *joined.shape, T), -np.inf)
+    ends = Interval(np.zeros((*joined.shape, T)), np.zeros((*joined.shape, T)))
     for n in range(math.prod(joined.shape)):
         at = {name: int(index[n]) for name, index in joined.of.items()}
         one = np.unravel_index(at["blocks"], blocks.centre.shape[:-2])
         summary = Blocks(blocks.count, *(x[one] for x in blocks[1:]))
-        gone = matrix(left, at["dropped"])
+        gone, own = matrix(left, at["dropped"]), lse[np.unravel_index(at["lse"], lse.shape[:-1])]
         for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
-            end[np.unravel_index(n, joined.shape)] = _lse(np.where(gone, level, -np.inf))
-    own = lse.reshape(-1, T)[joined.of["lse"]].reshape(*joined.shape, T)
-    return Interval(_share(ends[0], own), _share(ends[1], own))
+            end[np.unravel_index(n, joined.shape)] = _share(_lse(np.where(gone, level, -np.inf)), own)
+    return ends
 
 
 def mass_from_gap(gap: ArrayLike, kept: ArrayLike, keys: ArrayLike) -> Array:
@@ -438,7 +437,8 @@ def _two_point(end: Array, variance: Array) -> Array:
     still = end == 0
     end = np.where(still, 1.0, end)
     whole = end * end + variance
-    both = np.logaddexp(_log(variance / whole) + end, np.log(end * end / whole) - variance / end)
+    with np.errstate(invalid="ignore"):  # logaddexp warns of NaN, which may stand in blocks that nobody drops
+        both = np.logaddexp(_log(variance / whole) + end, np.log(end * end / whole) - variance / end)
     return np.where(still, 0.0, both)
 
 

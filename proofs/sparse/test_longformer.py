@@ -1,0 +1,81 @@
+r"""Longformer is within `bound` of exact softmax attention with the projections that each row uses.
+
+Statement    |attend − exact| ≤ bound(q, k, v, …)        (..., T, E); 0 in the rows of global tokens
+Hypotheses   Hfin: inputs finite. Any window, dilation, tokens, mask; T and S need not agree.
+Uses         S1 (test_dropped.py).
+Derivation   1  Row i stands at p = i + S − T. If p is no global token, `exact` is softmax over the keys A that the mask
+                lets it see, and `attend` is softmax over those of A in the window {p + d·t: |t| ≤ w} or among the
+                tokens, with the same q, k, v: S1 with D what is left of A. Tokens count once, in the window or not.
+             2  If p is a global token, both are softmax over A with the global projections: the same number.
+Equality     v = 1_D: õ = 0 and o = ρ.
+Loose        nowhere.
+"""
+
+import numpy as np
+from hypothesis import given, target
+from hypothesis import strategies as st
+
+from proofs.dropping import Seen, bound_rounding
+from proofs.exact import SHARP, Array, Tight
+from refattn import masks, rounding
+from refattn.sparse import longformer
+from refattn.testing.strategies import Case, cases
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Case:
+    """Draw from the declared domain, with every window, dilation and set of tokens that a small problem tells apart."""
+    case = draw(cases(longformer, most=9, least=1))
+    tokens = draw(st.lists(st.integers(0, case.sizes["S"] - 1), max_size=2, unique=True))
+    return case.given(window=draw(st.integers(0, 3)), dilation=draw(st.integers(1, 3)), tokens=tokens)
+
+
+def pattern(case: Case) -> tuple[Seen, Seen]:
+    """Return what each row keeps and what it drops, (T, S), from the definition."""
+    T, S, options = case.sizes["T"], case.sizes["S"], case.options
+    row, key = (np.arange(T) + S - T)[:, None], np.arange(S)
+    pairs = masks.bind(options["mask"], T, S)
+    seen = np.ones((T, S), bool) if pairs is None else pairs.seen(slice(0, T), slice(0, S))
+    seen = seen & ~np.isin(row, options["tokens"])
+    steps, off = np.divmod(np.abs(key - row), options["dilation"])
+    kept = (off == 0) & (steps <= options["window"]) | np.isin(key, options["tokens"])
+    return seen & kept, seen & ~kept
+
+
+def judge(tight: Tight, case: Case) -> tuple[Array, Array]:
+    """Judge every output, and return (error − rounding) ÷ bound and the rounding."""
+    (q, k, v), named = case.arguments()
+    wide = {s: x for s, x in named.items() if s not in ("window", "dilation")}
+    error, bound = np.abs(case.attend() - case.exact()), case.bound()
+    room = rounding.allowance(longformer.attend, q, k, v, **named)
+    room = room + rounding.allowance(longformer.exact, q, k, v, **wide) + rounding.gamma(1) * error
+    room = room + bound_rounding(bound, q, k, v, *pattern(case), scale=named.get("scale"))
+    ratios = [tight("S1", *parts) for parts in zip(error.flat, bound.flat, room.flat, strict=True)]
+    return np.reshape(ratios, error.shape), room
+
+
+@given(case=problems())
+def test_longformer_is_within_its_bound(tight: Tight, case: Case) -> None:
+    target(float(judge(tight, case)[0].max()))
+
+
+@given(case=problems())
+def test_values_that_mark_what_a_row_drops_reach_the_bound(tight: Tight, case: Case) -> None:
+    _, gone = pattern(case)
+    values = {s: gone.T.astype(float) for s in ("v", "v_global")}
+    case = case.given(**values)
+    bound, (ratios, room) = case.bound().diagonal(), (x.diagonal() for x in judge(tight, case))
+    assert ((ratios > SHARP) | (bound * (1 - SHARP) <= 2 * room)).all()  # unless too small a bound to be seen
+
+
+@given(case=problems())
+def test_rows_that_drop_nothing_have_bound_zero(case: Case) -> None:
+    _, gone = pattern(case)
+    assert (case.bound()[~gone.any(axis=1)] == 0).all()
+
+
+@given(case=problems())
+def test_a_window_over_everything_is_exact_attention(tight: Tight, case: Case) -> None:
+    case = case.given(window=sum(case.sizes.values()), dilation=1)
+    assert (case.bound() == 0).all()
+    judge(tight, case)
