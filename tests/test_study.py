@@ -149,14 +149,15 @@ def test_a_table_comes_back_from_csv_bit_for_bit(tmp_path: Path) -> None:
     assert table.to_dict()["budget"] == [line["budget"] for line in back]
 
 
-def test_a_rich_console_gets_every_row() -> None:
+def test_a_terminal_of_80_columns_shows_every_row() -> None:
     from rich.console import Console
 
     table = study.compare(Q, K, V, title="drawn [toy]")
-    console = Console(width=200, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(table)
     text = console.export_text()
     assert "drawn [toy]" in text and all(row.budget in text and row.method in text for row in table.rows)
+    assert sum(line.rstrip().endswith(" yes") for line in text.splitlines()) == len(table.rows)
 
 
 def test_out_gets_a_table_and_a_picture_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
 
 class Row(NamedTuple):
@@ -54,9 +54,9 @@ class Row(NamedTuple):
     holds: bool | None
 
 
-HEADINGS = (
+HEADINGS: tuple[str, ...] = (
     "method", "budget", "exact is", "flops ÷ exact", "error max", "error RMS", "error ÷ spread", "bound max",
-    "bound ÷ spread", "bound ÷ error", "seconds", "bound holds",
+    "bound ÷ spread", "bound ÷ error", "s", "holds",
 )  # fmt: skip
 
 
@@ -95,21 +95,38 @@ class Table:
         ]
         return "\n".join([*([self.title] if self.title else []), *text, *self.violations])
 
-    def __rich__(self) -> rich.table.Table:
-        """Return the table for a Rich console."""
+    def __rich_console__(self, console: rich.console.Console, options: rich.console.ConsoleOptions) -> Iterator[Any]:
+        """Render for a Rich console, a method at a time so that it fits a terminal of 80 columns."""
         import rich.table
         import rich.text
 
-        table = rich.table.Table(title=rich.text.Text(self.title) if self.title else None)
-        for n, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if n < 3 else "right")
-        last = ""
-        for row in self.rows:
-            if last and row.method != last:
-                table.add_section()
-            table.add_row(*map(rich.text.Text, _cells(row)), style="bold red" if row.holds is False else None)
-            last = row.method
-        return table
+        if self.title:
+            yield rich.text.Text(self.title, style="bold")
+        headings = [heading.split(" ", 1) for heading in ("budget", *HEADINGS[3:])]
+        lines = [(cells[1], *cells[3:]) for cells in map(_cells, self.rows)]
+        widths = [max(map(len, (*heading, *column))) for heading, *column in zip(headings, *lines, strict=True)]
+        table, above = rich.table.Table(), None
+        for row, cells in zip(self.rows, lines, strict=True):
+            if (row.method, row.reference) != above:
+                if above:
+                    yield table
+                title = rich.text.Text(f"{row.method}, against {row.reference}", style="italic")
+                table = rich.table.Table(
+                    title=title,
+                    title_justify="left",
+                    box=None,
+                    padding=(0, 1, 0, 0),
+                    pad_edge=False,
+                    show_header=above is None,
+                )
+                for n, (heading, width) in enumerate(zip(headings, widths, strict=True)):
+                    table.add_column(
+                        "\n".join(heading), justify="right" if n else "left", min_width=width, no_wrap=True
+                    )
+                above = row.method, row.reference
+            table.add_row(*map(rich.text.Text, cells), style="bold red" if row.holds is False else None)
+        yield table
+        yield from (rich.text.Text(sentence, style="bold red") for sentence in self.violations)
 
     @property
     def violations(self) -> tuple[str, ...]:
