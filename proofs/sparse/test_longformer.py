@@ -30,16 +30,16 @@ def problems(draw: st.DrawFn) -> Case:
     return case.given(window=draw(st.integers(0, 3)), dilation=draw(st.integers(1, 3)), tokens=tokens)
 
 
-def pattern(case: Case) -> tuple[Seen, Seen]:
-    """Return what each row keeps and what it drops, (T, S), from the definition."""
+def pattern(case: Case) -> tuple[Seen, Seen, Seen]:
+    """Return what rows keep, what they drop, and what rows of global tokens see, (T, S), from the definition."""
     T, S, options = case.sizes["T"], case.sizes["S"], case.options
     row, key = (np.arange(T) + S - T)[:, None], np.arange(S)
     pairs = masks.bind(options["mask"], T, S)
-    seen = np.ones((T, S), bool) if pairs is None else pairs.seen(slice(0, T), slice(0, S))
-    seen = seen & ~np.isin(row, options["tokens"])
+    seen = np.ones((T, S), bool) if pairs is None else pairs.seen(slice(None), slice(None))
+    wide = np.isin(row, options["tokens"])
     steps, off = np.divmod(np.abs(key - row), options["dilation"])
     kept = (off == 0) & (steps <= options["window"]) | np.isin(key, options["tokens"])
-    return seen & kept, seen & ~kept
+    return seen & ~wide & kept, seen & ~wide & ~kept, seen & wide
 
 
 def judge(tight: Tight, case: Case) -> tuple[Array, Array]:
@@ -49,7 +49,7 @@ def judge(tight: Tight, case: Case) -> tuple[Array, Array]:
     error, bound = np.abs(case.attend() - case.exact()), case.bound()
     room = rounding.allowance(longformer.attend, q, k, v, **named)
     room = room + rounding.allowance(longformer.exact, q, k, v, **wide) + rounding.gamma(1) * error
-    room = room + bound_rounding(bound, q, k, v, *pattern(case), scale=named.get("scale"))
+    room = room + bound_rounding(bound, q, k, v, *pattern(case)[:2], scale=named.get("scale"))
     ratios = [tight("S1", *parts) for parts in zip(error.flat, bound.flat, room.flat, strict=True)]
     return np.reshape(ratios, error.shape), room
 
@@ -61,7 +61,7 @@ def test_longformer_is_within_its_bound(tight: Tight, case: Case) -> None:
 
 @given(case=problems())
 def test_values_that_mark_what_a_row_drops_reach_the_bound(tight: Tight, case: Case) -> None:
-    _, gone = pattern(case)
+    _, gone, _ = pattern(case)
     values = {s: gone.T.astype(float) for s in ("v", "v_global")}
     case = case.given(**values)
     bound, (ratios, room) = case.bound().diagonal(), (x.diagonal() for x in judge(tight, case))
@@ -70,7 +70,7 @@ def test_values_that_mark_what_a_row_drops_reach_the_bound(tight: Tight, case: C
 
 @given(case=problems())
 def test_rows_that_drop_nothing_have_bound_zero(case: Case) -> None:
-    _, gone = pattern(case)
+    _, gone, _ = pattern(case)
     assert (case.bound()[~gone.any(axis=1)] == 0).all()
 
 
@@ -79,3 +79,11 @@ def test_a_window_over_everything_is_exact_attention(tight: Tight, case: Case) -
     case = case.given(window=sum(case.sizes.values()), dilation=1)
     assert (case.bound() == 0).all()
     judge(tight, case)
+
+
+@given(case=problems())
+def test_each_row_looks_at_its_window_and_the_tokens_and_tokens_look_at_everything(case: Case) -> None:
+    equal = case.given(**{s: 0 * x for s, x in case.arrays.items() if s[0] in "qk"})
+    weights, (kept, _, wide) = equal.weights(), pattern(case)
+    assert ((weights["v"] > 0) == kept).all()
+    assert ((weights["v_global"] > 0) == wide).all()
