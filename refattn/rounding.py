@@ -27,6 +27,8 @@ TANH = 8 * U
 """Relative error of NumPy's float64 tanh: four units in the last place."""
 TINY = 2.0**-1073
 """Above what gradual underflow may add to one operation."""
+LOST = 2 * TINY
+"""Above what gradual underflow may add to a weight: to its exponential, then to its quotient."""
 EVALUATION = 1 + 2.0**-20
 """Covers the evaluation of a bound itself: sums of fewer than 2^31 terms that are not negative."""
 
@@ -46,6 +48,9 @@ def gamma(n: float, u: float = U) -> float:
 
 class Bounded(Arithmetic):
     """Float64 values with a bound on how far each may be from the real number: running error analysis.
+
+    `value` is what one run of the operations gave. The bound holds for every run, whatever the order of its sums, so
+    another run is within twice the bound of this value.
 
     Parameters
     ----------
@@ -94,7 +99,8 @@ class Bounded(Arithmetic):
         return Bounded(self.value.sum(axis, keepdims=keepdims), error)
 
     def _size(self) -> Array:
-        return np.abs(self.value) + self.error
+        """Bound the size of the real number and of every run."""
+        return np.abs(self.value) + 2 * self.error
 
     def _add(self, other: Bounded) -> Bounded:
         value = self.value + other.value
@@ -108,25 +114,29 @@ class Bounded(Arithmetic):
 
     def _multiply(self, other: Bounded) -> Bounded:
         value = self.value * other.value
-        carried = self.error * other._size() + np.abs(self.value) * other.error
+        carried = self.error * other._size() + self._size() * other.error
         return Bounded(value, carried + U * np.abs(value) + TINY)
 
     def _divide(self, other: Bounded) -> Bounded:
         with np.errstate(divide="ignore", invalid="ignore"):
             value = self.value / other.value
-            least = np.abs(other.value) - other.error
-            error = (self.error + np.abs(value) * other.error) / least + U * np.abs(value) * (1 + U) + TINY
+            least = np.abs(other.value) - 2 * other.error
+            error = (self.error + self._size() / (least + other.error) * other.error) / least
+            error = error + U * (np.abs(value) + 2 * error) + TINY
         return Bounded(value, np.where(least > 0, error, np.inf))
 
     def _exp(self) -> Bounded:
         value = np.exp(self.value)
-        return Bounded(value, value * (np.expm1(self.error) + EXP * np.exp(self.error)) + TINY)
+        with np.errstate(over="ignore", invalid="ignore"):
+            grown = np.exp(self.error)
+            return Bounded(value, (value + TINY) * grown * (np.expm1(self.error) + EXP * grown) + TINY)
 
     def _log(self) -> Bounded:
         with np.errstate(divide="ignore", invalid="ignore"):
             value = np.log(self.value)
-            error = -np.log1p(-self.error / self.value) + EXP * np.abs(value)
-        return Bounded(value, np.where(self.error < self.value, error, np.inf))
+            error = np.log1p(self.error / (self.value - 2 * self.error))
+            error = error + EXP * (np.abs(value) + 2 * error)
+        return Bounded(value, np.where(2 * self.error < self.value, error, np.inf))
 
     def _maximum(self, other: Bounded) -> Bounded:
         return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))
@@ -137,7 +147,7 @@ class Bounded(Arithmetic):
     def _matmul(self, other: Bounded) -> Bounded:
         n = self.shape[-1]
         whole = self._size() @ other._size()
-        carried = self.error @ other._size() + np.abs(self.value) @ other.error
+        carried = self.error @ other._size() + self._size() @ other.error
         return Bounded(self.value @ other.value, carried + gamma(n) * whole + n * TINY)
 
     def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
@@ -203,16 +213,20 @@ def _errors(answer: Any) -> Any:
 
 
 class _Rows:
-    """Softmax attention of one problem with every quantity that F1, F2 and B4 name; letters are theirs."""
+    """Softmax attention of one problem with every quantity that F1, F2 and B4 name; letters are theirs.
+
+    What is bounded is any run of the definition's operations, sums in any order, against the real number. The runs'
+    quantities and the real ones differ by factors within e^±2·max e; `wide` makes up for using this run's.
+    """
 
     def __init__(self, one: One) -> None:
         call = one.problem
         q, k, v = (Bounded.lift(x) for x in (one.q, one.k, one.v))
         self.q, self.k, self.v, self.seen = q, k, v, one.seen()
-        n, D, sigma, seen = k.shape[0], q.shape[1], abs(call.multiplier), self.seen
+        S, D, sigma, seen = k.shape[0], q.shape[1], abs(call.multiplier), self.seen
         z = (q.value @ k.value.T) * call.multiplier
-        e = sigma * (gamma(D) * (q._size() @ k._size().T) + q.error @ k._size().T + np.abs(q.value) @ k.error.T)
-        e = e + sigma * D * TINY
+        sizes = gamma(D) * (q._size() @ k._size().T) + q.error @ k._size().T + q._size() @ k.error.T
+        e = sigma * (sizes + D * TINY)
         e = e + (U if call.scale is not None else 3 * U * (1 + 3 * U)) * (np.abs(z) + e) + TINY
         b = _bias(one)
         if b is not None and call.order == "bias, softcap":
@@ -220,54 +234,57 @@ class _Rows:
         self.slope, self.slope_error = np.ones_like(z), np.zeros_like(z)
         if call.softcap is not None:
             c = call.softcap
-            e = e + U * (np.abs(z) + e)
-            fall = np.exp(-2 * np.abs(z) / c)
+            e = e + U * (np.abs(z) + e) + c * TINY
+            fall = np.exp(-2 * np.abs(z / c))
             self.slope = 4 * fall / (1 + fall) ** 2
-            self.slope_error = np.expm1(2 * e / c + EXP + 8 * U)
+            turn = 2 * e / c + EXP + 8 * U
+            near = np.minimum(turn, 1.0)
+            self.slope_error = np.where(turn < 1, self.slope * np.exp(near) * np.expm1(near) + 16 * TINY, 1.0)
             z = c * np.tanh(z / c)
-            e = e + (TANH + U) * (1 + U) * (np.abs(z) + e) + TINY
+            e = e + (TANH + U) * (1 + U) * (np.abs(z) + e) + (1 + c) * TINY
         if b is not None and call.order == "softcap, bias":
             z, e = _plus(z, e, b)
         z, e = np.where(seen, z, -np.inf), np.where(seen, e, 0.0)
-        sink = None if one.sink is None else Bounded.lift(one.sink).value.reshape(-1)[0]
-        if sink is not None:
-            z, e = np.c_[z, np.full(len(z), sink)], np.c_[e, np.zeros(len(e))]
-            n += 1
-        self.empty = ~np.isfinite(z).any(axis=1)
+        if one.sink is not None:
+            sink = Bounded.lift(one.sink)
+            z, e = (np.c_[x, np.full(len(x), own.item())] for x, own in ((z, sink.value), (e, sink.error)))
+        live = np.isfinite(z)
+        self.empty = ~live.any(axis=1)
         m = np.where(self.empty, 0.0, z.max(axis=1, initial=-np.inf))[:, None]
-        em = e.max(axis=1, initial=0.0)[:, None]
-        far = np.where(np.isfinite(z), np.abs(z - m), 0.0) + e + em
-        e = np.where(np.isfinite(z), e + U * far + EXP * (1 + EXP), 0.0)
+        # the maximum is common to the row and cancels; what is rounded is the difference, then its exponential
+        e = np.where(live, e + U * np.where(live, np.abs(z - m), 0.0) + EXP * (1 + EXP), 0.0)
+        self.top = e.max(axis=1, initial=0.0)[:, None]
+        sure = self.top <= 0.4
+        e = np.minimum(e, 1.0)
+        self.wide = np.where(sure, EVALUATION * np.exp(np.where(sure, 8 * self.top, 0.0)), np.inf)
         w = np.exp(z - m)
         total = np.where(self.empty, 1.0, w.sum(axis=1))[:, None]
-        p, G = w / total, gamma(n + 1)
-        wide = EVALUATION * np.exp(4 * e.max(axis=1, initial=0.0))[:, None]
-        up, down = (p * np.exp(e)).sum(axis=1, keepdims=True), (p * np.exp(-e)).sum(axis=1, keepdims=True)
-        lost = n * TINY / total
-        self.e, self.p = e[:, : k.shape[0]], p[:, : k.shape[0]]
-        self.p_sink = np.zeros(len(p)) if sink is None else p[:, -1]
+        h = live.sum(axis=1, keepdims=True) * U
+        p, G = w / total, h / (1 - h)
+        up, down = (np.where(self.empty, 1.0, (p * np.exp(x)).sum(axis=1))[:, None] for x in (e, -e))
+        lost = live.sum(axis=1, keepdims=True) * TINY / total
+        self.e, self.p = e[:, :S], p[:, :S]
+        self.e_sink, self.p_sink = (np.zeros(len(p)),) * 2 if one.sink is None else (e[:, S], p[:, S])
         self.o = self.p @ v.value
         pe, size = self.p * np.exp(self.e), v._size()
-        centred = (
-            np.stack([np.abs(v.value[:, c] - self.o[:, c : c + 1]) for c in range(size.shape[1])], axis=2)
-            if (size.shape[1])
-            else np.zeros((*self.p.shape, 0))
-        )
-        tilt = np.einsum("ij,ijc->ic", self.p * np.expm1(self.e), centred)
-        if sink is not None:
-            tilt = tilt + (p[:, -1:] * np.expm1(e[:, -1:])) * np.abs(self.o)
-        top = size.max(axis=0, initial=0.0)
-        error = tilt + G * (pe @ size) + G * np.abs(self.o) * up + pe @ v.error + lost * (1 + top + np.abs(self.o))
-        least = (1 - G) * down - lost
-        with np.errstate(divide="ignore", invalid="ignore"):
-            error = np.where(least > 0, error / least, np.inf) * wide
-            ratio = np.maximum(np.log((1 + G) * up + lost), -np.log(np.maximum((1 - G) * down - lost, 0.0)))[:, 0]
+        tilted = self.p * np.expm1(self.e)
+        tilt = np.zeros(self.o.shape)
+        for c in range(size.shape[1]):
+            tilt[:, c] = (tilted * np.abs(v.value[:, c] - self.o[:, c : c + 1])).sum(axis=1)
+        tilt = tilt + (self.p_sink * np.expm1(self.e_sink))[:, None] * np.abs(self.o)
+        high = size.max(axis=0, initial=0.0)
+        error = tilt + G * (pe @ size) + G * np.abs(self.o) * up + pe @ v.error + lost * (1 + high + np.abs(self.o))
+        error = error / ((1 - G) * down - lost)
+        ratio = np.maximum(np.log((1 + G) * up + lost), -np.log((1 - G) * down - lost))
+        # where even the first digit of a weight is in doubt: both answers are means of the values, both lse maxima
+        error = np.where(sure, error * self.wide, 2 * (1 + 4 * G) * high)
+        ratio = np.where(sure, ratio * self.wide, self.top + 2 * G + 2 * lost)[:, 0]
         omega = (1 + U) ** 2 - 1
         self.E = np.where(self.empty[:, None], 0.0, error * (1 + omega) + omega * np.abs(self.o) + TINY)
-        self.e_z = np.where(self.empty, 0.0, ratio * wide[:, 0])
+        self.e_z = np.where(self.empty, 0.0, ratio)
         lse = m[:, 0] + np.log(total[:, 0])
-        raw = self.e_z + (EXP + U) * np.abs(np.log(total[:, 0])) + 2 * U * (np.abs(m[:, 0]) + np.abs(lse))
-        self.E_lse = np.where(self.empty, 0.0, raw / (1 - 3 * U))
+        raw = self.e_z + EXP * np.abs(np.log(total[:, 0])) + U * np.abs(lse)
+        self.E_lse = np.where(self.empty, 0.0, raw / (1 - 4 * U))
         self.lse = np.where(self.empty, -np.inf, lse)
 
 
@@ -290,81 +307,93 @@ def _plus(z: Array, e: Array, b: Bounded) -> tuple[Array, Array]:
 
 def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
     row, call = _Rows(one), one.problem
-    T, width, sigma = len(row.p), do.shape[1], abs(call.multiplier)
+    T, n, width, sigma = len(row.p), one.k.shape[0], do.shape[1], abs(call.multiplier)
     q, k, v = row.q, row.k, row.v
-    live = ~row.empty
-    g = np.where(live[:, None], do.value, 0.0)
-    size = np.where(live[:, None], do._size(), 0.0)
-    g_error = np.where(live[:, None], do.error, 0.0)
+    live = row.seen.any(axis=1)[:, None]
+    g, size, g_error = (np.where(live, x, 0.0) for x in (do.value, do._size(), do.error))
     dots = np.where(row.seen, g @ v.value.T, 0.0)
-    d_dots = gamma(width) * (size @ v._size().T) + g_error @ v._size().T + np.abs(g) @ v.error.T + width * TINY
+    d_dots = gamma(width) * (size @ v._size().T) + g_error @ v._size().T + size @ v.error.T + width * TINY
     own = dlse.value - (g * row.o).sum(axis=1)
-    delta = (g_error * (np.abs(row.o) + row.E) + size * row.E).sum(axis=1)
-    delta = delta + gamma(width + 1) * (size * (np.abs(row.o) + row.E)).sum(axis=1) + width * TINY
+    reach = np.abs(row.o) + row.E
+    delta = (g_error * reach + size * row.E).sum(axis=1) + gamma(width) * (size * reach).sum(axis=1) + width * TINY
     delta = delta + dlse.error + U * (np.abs(own) + delta)
-    X, e, p, slope = dots + own[:, None], row.e + 2 * U, row.p, row.slope
-    e_z, E_D = (row.e_z + U)[:, None], delta[:, None]
-    grow = np.exp(e_z)
+    X, e, p, slope = dots + own[:, None], row.e + U, row.p, row.slope
+    e_z, E_D, wide = row.e_z[:, None], delta[:, None], row.wide
+    grow, tilt = np.exp(e_z), np.expm1(e)
+    # weights: one exponent for each pair (e) and one for the row (e_z); the error of own is one number for the row too
     ds = np.where(row.seen, p * X, 0.0)
-    inner = grow * p * (np.expm1(e) * np.abs(X) + np.exp(e) * (d_dots * (1 + 3 * U) + 3 * U * (np.abs(X) + E_D)))
-    inner = np.where(row.seen, inner + grow * p * np.expm1(e) * E_D + 2 * TINY, 0.0)
+    inner = grow * p * (tilt * (np.abs(X) + d_dots + 2 * E_D) + np.exp(e) * (d_dots + 3 * U * (np.abs(X) + E_D)))
+    inner = np.where(row.seen, inner + LOST * (1 + np.abs(X) + d_dots + E_D), 0.0)
     size_s = np.abs(ds) + inner + grow * np.exp(e) * p * E_D
     whole_s = inner + grow * E_D * p + np.expm1(e_z) * np.abs(ds)
-    extra = row.slope_error + U * (1 + row.slope_error)
-    dz, ps = ds * slope, p * slope
-    inner_z, size_z = slope * inner + slope * extra * size_s, slope * (1 + extra) * size_s
-    whole_z = inner_z + grow * E_D * ps + np.expm1(e_z) * np.abs(dz)
-    scaled = 3 * U if call.scale is not None else 5 * U
-    n = k.shape[0]
+    dz, ps, inner_z = ds, p, inner
+    if call.softcap is not None:
+        dz, ps, steep = ds * slope, p * slope, slope + row.slope_error
+        inner_z = np.where(row.seen, slope * inner + (row.slope_error + U * steep) * size_s + TINY, 0.0)
+        ps_size, size_z = p * steep, steep * size_s
+    else:
+        ps_size, size_z = p, size_s
+    whole_z = inner_z + grow * E_D * ps_size + np.expm1(e_z) * np.abs(dz)
+    scaled = U if call.scale is not None else 3 * U * (1 + 3 * U)
 
     value = call.multiplier * (dz @ k.value)
-    common = grow * E_D * np.abs(ps @ k.value) + np.expm1(e_z) * np.abs(dz @ k.value)
-    error = inner_z @ k._size() + common + gamma(n + 1) * (size_z @ k._size()) + size_z @ k.error + n * TINY
-    dq = Bounded(value, sigma * error * (1 + 5 * U) + scaled * np.abs(value) + TINY)
+    blur = np.expm1(np.minimum(4 * row.top, 4.0)) + gamma(n)
+    common = grow * E_D * (np.abs(ps @ k.value) + blur * (ps_size @ k._size()))
+    common = common + np.expm1(e_z) * (np.abs(dz @ k.value) + blur * (np.abs(dz) @ k._size()))
+    error = inner_z @ k._size() + common + gamma(n) * (size_z @ k._size()) + size_z @ k.error + n * TINY
+    dq = Bounded(value, sigma * (error * wide) * (1 + scaled) + scaled * np.abs(value) + TINY)
 
+    # 1/√D as a float is common; the product with it is rounded once for each tile of rows, so counted among the sums
     value = call.multiplier * (dz.T @ q.value)
-    error = whole_z.T @ q._size() + gamma(T + 1) * (size_z.T @ q._size()) + size_z.T @ q.error + T * TINY
-    dk = Bounded(value, sigma * error * (1 + 5 * U) + scaled * np.abs(value) + TINY)
+    error = (whole_z * wide).T @ q._size() + gamma(T + 1) * ((size_z * wide).T @ q._size())
+    error = error + size_z.T @ q.error + T * TINY
+    common = (scaled - U) * (1 + scaled) * np.abs(value)
+    dk = Bounded(value, sigma * error * (1 + scaled) + common + T * TINY)
 
-    w = np.where(row.seen, p * np.expm1(e_z + e), 0.0)
-    error = w.T @ size + gamma(T + 1) * ((p + w).T @ size) + p.T @ g_error + T * TINY
-    dv = Bounded(p.T @ g, error)
+    w = np.where(row.seen, p * np.expm1(e_z + e) + LOST, 0.0) * wide
+    dv = Bounded(p.T @ g, w.T @ size + gamma(T) * ((p + w).T @ size) + (p + w).T @ g_error + T * TINY)
 
     dbias = dsink = None
     if isinstance(call.bias, Table):
         table = call.bias.array
-        db, db_error = (dz, whole_z + slope * extra * size_s) if call.order == "bias, softcap" else (ds, whole_s)
+        db, db_error = (dz, whole_z * wide) if call.order == "bias, softcap" else (ds, whole_s * wide)
         axes = tuple(a for a in (0, 1) if table.shape[-2 + a] == 1)
-        count = math.prod(db.shape[a] for a in axes)
+        count = math.prod(db.shape[a] for a in axes) - 1
         magnitude = np.abs(db) + db_error
         error = db_error.sum(axis=axes, keepdims=True) + gamma(count) * magnitude.sum(axis=axes, keepdims=True)
         dbias = Bounded(db.sum(axis=axes, keepdims=True), error)
     if call.sink is not None:
-        each = row.p_sink * own
-        relative = np.expm1(row.e_z + 4 * U + 2 * EXP + U * np.abs(np.log(np.maximum(row.p_sink, TINY))))
-        error = np.abs(each) * relative + row.p_sink * (1 + relative) * delta
-        dsink = Bounded(each.sum(), error.sum() + gamma(T) * (np.abs(each) + error).sum() + T * TINY)
+        each, size = row.p_sink * own, np.abs(own) + delta
+        tilt = np.expm1(row.e_z + row.e_sink + 2 * U)
+        error = row.p_sink * (tilt * size + delta) * wide[:, 0] + LOST * (1 + size)
+        dsink = Bounded(each.sum(), error.sum() + gamma(T - 1) * (np.abs(each) + error).sum())
     return dq, dk, dv, dbias, dsink
 
 
 def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float) -> tuple[Bounded, Bounded]:
-    """Return o and den. Sizes are sums of |φ(q)||φ(k)||v|, which no order of the three products exceeds."""
-    (n, r), some = fk.shape, seen.any(axis=1)[:, None]
-    h = gamma(r + n + 3)
-    ones = np.ones((n, 1))
-    tilted = Bounded(np.c_[v.value, ones], np.c_[v.error, 0 * ones])
+    """Return o and den, whichever of the products comes first and in any order of the sums (X1).
+
+    A term φ(q)φ(k)v meets r + n roundings for the n keys of its row, and one fewer in den, where v = 1.
+    """
+    some, n, r = seen.any(axis=1, keepdims=True), seen.sum(axis=1, keepdims=True), fk.shape[1]
+    v = Bounded(np.c_[v.value, np.ones(len(v.value))], np.c_[v.error, np.zeros(len(v.value))])
+    h = (r + n - np.r_[np.zeros(v.shape[1] - 1), 1.0]) * U
     kappa = np.where(seen, fq.value @ fk.value.T, 0.0)
-    plain = np.where(seen, np.abs(fq.value) @ np.abs(fk.value).T, 0.0)
+    carried = np.where(seen, fq.error @ fk._size().T + np.abs(fq.value) @ fk.error.T, 0.0)
     size = np.where(seen, fq._size() @ fk._size().T, 0.0)
-    both = kappa @ tilted.value
-    error = size @ tilted._size() * (1 + h) - plain @ np.abs(tilted.value) + (n + r) * TINY
-    error = error + gamma(n + r + 3) * (size @ tilted._size())
-    numerator = Bounded(both[:, :-1], error[:, :-1])
-    den = Bounded(np.where(some, both[:, -1:], 1.0), np.where(some, error[:, -1:], 0.0))
+    tiny = TINY * (r + n + r * (seen @ v._size()) + n * fq._size().sum(axis=1, keepdims=True))
+    error = carried @ v._size() + size @ v.error + h / (1 - h) * (size @ v._size()) + tiny
+    top = Bounded((kappa @ v.value)[:, :-1], error[:, :-1])
+    den = Bounded(np.where(some, kappa.sum(axis=1, keepdims=True), 1.0), np.where(some, error[:, -1:], 0.0))
     if eps:
         den = den + eps
-    o = numerator / den
-    return Bounded(np.where(some, o.value, 0.0), np.where(some, o.error, 0.0)), den
+    least = np.abs(den.value) - 2 * den.error  # of what any order computes
+    with np.errstate(divide="ignore", invalid="ignore"):
+        truth = top._size() / (least + den.error)
+        error = (top.error + truth * den.error) / least
+        error = np.where(least > 0, error + U * (truth + error) + TINY, np.inf)
+        value = top.value / den.value
+    return Bounded(np.where(some, value, 0.0), np.where(some, error, 0.0)), den
 
 
 def _linear_backward(
