@@ -54,7 +54,7 @@ class Table(Bias):
     def index(self, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> tuple[Any, Any]:
         """Return the index of a block into the last two axes, which may have length 1."""
         T, S = self.array.shape[-2:]
-        return (rows if T != 1 else np.zeros(1, int))[:, None], (keys if S != 1 else np.zeros(1, int))
+        return (rows if T != 1 else np.zeros_like(rows))[:, None], (keys if S != 1 else np.zeros_like(keys))
 
 
 @dataclass(frozen=True, eq=False)

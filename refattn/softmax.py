@@ -253,7 +253,8 @@ def vjp(
         if not hasattr(module, "backward"):
             raise engines.Unsupported(f"backend {chosen.name!r} has no gradients for softmax")
         return module.backward(call, do, dlse, chosen)
-    return _backward(call, do, dlse)
+    out = _backward(call, do, dlse)
+    return out if out.bias is None or isinstance(bias, Bias) else out._replace(bias=out.bias.reshape(np.shape(bias)))
 
 
 def cost(T: int, S: int, D: int, E: int, *, mask: Mask | Pairs | ArrayLike | None = None) -> Cost:
