@@ -6,6 +6,7 @@ same everywhere: ``attend``, ``weights``, ``vjp``, ``bound``, ``draw``, ``cost``
 
 from refattn import (
     bias,
+    dropped,
     engines,
     heads,
     kernel,
@@ -24,6 +25,7 @@ __all__ = [
     "Backend",
     "Unsupported",
     "bias",
+    "dropped",
     "engines",
     "heads",
     "kernel",

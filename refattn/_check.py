@@ -40,6 +40,11 @@ def array(name: str, value: Any, axes: str) -> NDArray[Any]:
     return x
 
 
+def widened(x: NDArray[Any]) -> NDArray[Any]:
+    """Return an array in float64, exactly; another arithmetic as it is."""
+    return x if isinstance(x, Arithmetic) else np.asarray(x, np.float64)
+
+
 def size(name: str, got: int, expected: int, axis: str, like: str) -> None:
     """Refuse arrays whose axes of one letter differ."""
     if got != expected:

@@ -22,8 +22,18 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
     """
 
     UFUNCS: ClassVar[tuple[str, ...]] = (
-        "add", "subtract", "multiply", "divide", "negative", "matmul", "exp", "log", "maximum", "minimum", "greater",
-    )  # fmt: skip
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "negative",
+        "matmul",
+        "exp",
+        "log",
+        "maximum",
+        "minimum",
+        "greater",
+    )
 
     shape: tuple[int, ...]
 
@@ -46,4 +56,22 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
     @classmethod
     def lift(cls, x: Any) -> Self:
         """Return exact numbers in this arithmetic."""
+        raise NotImplementedError
+
+    def softmax_forward(self, one: Any) -> tuple[Any, Any]:
+        """Return o and lse of one problem."""
+        raise NotImplementedError
+
+    def softmax_backward(self, one: Any, do: Any, dlse: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """Return the gradients of one problem: q, k, v, bias, sink."""
+        raise NotImplementedError
+
+    def linear_forward(self, fq: Any, fk: Any, v: Any, seen: NDArray[np.bool_], eps: float) -> Any:
+        """Return linear attention from the features of q and k."""
+        raise NotImplementedError
+
+    def linear_backward(
+        self, fq: Any, fk: Any, v: Any, seen: NDArray[np.bool_], eps: float, do: Any
+    ) -> tuple[Any, Any, Any]:
+        """Return gradients with respect to the features of q and k, and to v."""
         raise NotImplementedError

@@ -18,7 +18,10 @@ from refattn.arithmetic import Arithmetic
 class Bias:
     """A number for each pair (row, key), evaluated one block at a time."""
 
-    lead: tuple[int, ...]
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes, of q's."""
+        raise NotImplementedError
 
     def on(self, T: int, S: int) -> Bias:
         """Bind the bias to T rows and S keys, checking that it fits."""
@@ -94,8 +97,8 @@ def table(array: ArrayLike) -> Bias:
 
     Axes of length 1 broadcast, and leading axes are q's.
 
-    >>> table([[0.0, -1.0]]).on(3, 2).block(0, np.arange(3), np.arange(2)).tolist()
-    [[0.0, -1.0]]
+    >>> table([[0.0, -1.0]]).on(2, 2).block(0, np.arange(2), np.arange(2)).tolist()
+    [[0.0, -1.0], [0.0, -1.0]]
     """
     return Table(_check.array("bias", array, "T S"))
 

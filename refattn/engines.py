@@ -22,7 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, bias as _bias, masks
+from refattn import _check, masks
+from refattn import bias as _bias
 from refattn.arithmetic import Arithmetic
 from refattn.heads import Leads, leads, matrix
 
@@ -100,13 +101,12 @@ class Problem:
     def one(self, n: int) -> One:
         """Return problem n alone: matrices as views in their own dtype, its mask, its sink."""
         of = self.leads.of
-        pick = (lambda x, i: x) if isinstance(self.q, Arithmetic) else matrix
         pairs = None if self.pairs is None else self.pairs.take(int(of["mask"][n]))
         sink = self.sink
         if sink is not None and not isinstance(sink, Arithmetic):
             sink = sink.reshape(-1)[of["sink"][n]]
         flat = 0 if self.bias is None else int(of["bias"][n])
-        q, k, v = (pick(x, of[name][n]) for name, x in (("q", self.q), ("k", self.k), ("v", self.v)))
+        q, k, v = (matrix(x, int(of[s][n])) for s, x in (("q", self.q), ("k", self.k), ("v", self.v)))
         return One(self, q, k, v, pairs, sink, flat)
 
     def all(self) -> Iterator[One]:
@@ -135,7 +135,8 @@ class One:
 
     def seen(self) -> NDArray[np.bool_]:
         """Return which pairs are seen, (T, S): for dense evaluations of small problems."""
-        rows, keys = np.arange(self.q.shape[0]), np.arange(self.k.shape[0])
+        T, S = int(self.q.shape[0]), int(self.k.shape[0])
+        rows, keys = np.arange(T), np.arange(S)
         seen = np.ones((len(rows), len(keys)), bool) if self.pairs is None else self.pairs.seen(rows, keys)
         b = self.bias(rows, keys)
         if b is None:

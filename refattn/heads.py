@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.arithmetic import Arithmetic
+
 
 class Leads(NamedTuple):
     """The leading axes of an answer, and for each operand the flat index that a problem reads."""
@@ -53,9 +55,9 @@ def _broadcast(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return joined
 
 
-def matrix(x: NDArray[Any], flat: int) -> NDArray[Any]:
+def matrix(x: Any, flat: int | np.intp) -> Any:
     """Return the matrix at a flat index into the leading axes, as a view."""
-    return x[np.unravel_index(flat, x.shape[:-2])]
+    return x if isinstance(x, Arithmetic) else x[np.unravel_index(flat, x.shape[:-2])]
 
 
 def unbroadcast(x: Any, shape: tuple[int, ...]) -> Any:

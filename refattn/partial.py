@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class Partial(NamedTuple):
@@ -37,13 +38,11 @@ def merge(*parts: Partial) -> Partial:
 
     Examples
     --------
-    >>> import numpy as np
     >>> from refattn import partial, softmax
-    >>> q, k, v = np.eye(2), np.eye(2), np.array([[1.0], [3.0]])
+    >>> q, k, v = [[0.0]], [[0.0], [0.0]], [[1.0], [3.0]]
     >>> left, right = softmax.partial(q, k[:1], v[:1]), softmax.partial(q, k[1:], v[1:])
-    >>> whole = partial.merge(left, right)
-    >>> bool(abs(whole.o - softmax.attend(q, k, v)).max() < 4 * np.finfo(float).eps)
-    True
+    >>> partial.merge(left, right).o
+    array([[2.]])
     """
     if not parts:
         raise ValueError("parts is empty; expected at least one partial result")
@@ -52,11 +51,12 @@ def merge(*parts: Partial) -> Partial:
             raise ValueError(
                 f"parts[{n}].lse has shape {np.shape(part.lse)}; expected the rows of o, {np.shape(part.o)[:-1]}"
             )
-    top = parts[0].lse
+    top: NDArray[Any] = np.asarray(parts[0].lse)
     for part in parts[1:]:
         top = np.maximum(top, part.lse)
     shift = np.where(np.isneginf(top), 0.0, top).astype(np.result_type(top))
-    numerator, z = 0.0, 0.0
+    numerator: Any = 0.0
+    z: Any = 0.0
     for part in parts:
         w = np.exp(part.lse - shift)
         z = z + w

@@ -36,10 +36,15 @@ METHOD = Method(
     arrays={"q": "T D", "k": "S D", "v": "S E", "bias": "T S?", "sink": "?"},
     options={
         "softcap": Option(
-            doc="cap c of the logits, s → c·tanh(s/c)", domain=lambda c: c is None or c > 0, typical=(None, 2.0), default=None
+            doc="cap c of the logits, s → c·tanh(s/c)",
+            domain=lambda c: c is None or c > 0,
+            typical=(None, 2.0),
+            default=None,
         ),
         "order": Option(
-            doc="what comes first after the scale", domain=engines.ORDERS.__contains__, typical=engines.ORDERS,
+            doc="what comes first after the scale",
+            domain=engines.ORDERS.__contains__,
+            typical=engines.ORDERS,
             default="softcap, bias",
         ),
     },
@@ -48,7 +53,9 @@ METHOD = Method(
     approximates=None,
     rows="stochastic",
     permutable=True,
-)  # fmt: skip
+)
+
+Bools = NDArray[np.bool_]
 
 TILE_ROWS = 64
 TILE_PAIRS = 2**20
@@ -242,7 +249,7 @@ def vjp(
     if do.shape != (*call.leads.shape, T, E):
         raise ValueError(f"do has shape {do.shape}; expected the output's, {(*call.leads.shape, T, E)}")
     if dlse is not None:
-        dlse = _check.array("dlse", dlse, "T") if not isinstance(dlse, Arithmetic) else dlse
+        dlse = _check.array("dlse", dlse, "T")
         if dlse.shape != (*call.leads.shape, T):
             raise ValueError(f"dlse has shape {dlse.shape}; expected lse's, {(*call.leads.shape, T)}")
     chosen = engines.choose(backend)
@@ -319,7 +326,7 @@ def _backward(call: Problem, do: NDArray[Any], dlse: NDArray[Any] | None) -> Gra
             p, dp = w / z[:, None], g @ v.T
             if seen is not None:
                 dp = np.where(seen, dp, 0.0)
-                g = np.where(seen.any(1)[:, None], g, 0.0)
+                g = np.where(seen.any(axis=1, keepdims=True), g, 0.0)
             own = dl[rows] - (g * (mix(w, v, seen) / z[:, None])).sum(1)
             ds = p * (dp + own[:, None])
             dz = ds if slope is None else ds * slope
@@ -341,7 +348,7 @@ def _backward(call: Problem, do: NDArray[Any], dlse: NDArray[Any] | None) -> Gra
 
 def _tiles(one: One) -> Iterator[_Tile]:
     """Yield the rows that see something, a tile at a time, with every key that the tile touches."""
-    T, S, pairs = one.q.shape[0], one.k.shape[0], one.pairs
+    T, S, pairs = int(one.q.shape[0]), int(one.k.shape[0]), one.pairs
     if S == 0:
         return
     step = max(1, min(TILE_ROWS, TILE_PAIRS // S)) if pairs is None else TILE_ROWS
@@ -356,12 +363,12 @@ def _tiles(one: One) -> Iterator[_Tile]:
             yield _tile(one, some, keys, None if pairs is None else pairs.seen(some, keys))
 
 
-def _tile(one: One, rows: NDArray[np.intp], keys: NDArray[np.intp], seen: NDArray[np.bool_] | None) -> _Tile:
+def _tile(one: One, rows: NDArray[np.intp], keys: NDArray[np.intp], seen: Bools | None) -> _Tile:
     call, slope = one.problem, None
     s = (rows_of(one.q, rows) @ rows_of(one.k, keys).T) * call.multiplier
     b = one.bias(rows, keys)
     if b is not None:
-        unseen = np.isneginf(b)
+        unseen: Bools = b == -np.inf
         if unseen.any():
             seen = ~unseen if seen is None else seen & ~unseen
         if call.order == "bias, softcap":
@@ -373,16 +380,16 @@ def _tile(one: One, rows: NDArray[np.intp], keys: NDArray[np.intp], seen: NDArra
         s = c * np.tanh(s / c)
     if b is not None and call.order == "softcap, bias":
         s = s + b
-    if seen is not None and seen.all():
+    if seen is not None and np.logical_and.reduce(seen, axis=None):
         seen = None
     if seen is not None:
         s = np.where(seen, s, -np.inf)
-    m = s.max(axis=1)
-    if one.sink is not None:
-        m = np.maximum(m, float(one.sink))
-    empty = np.zeros(len(rows), bool) if seen is None or one.sink is not None else ~seen.any(axis=1)
-    w = np.exp(s - np.where(empty, 0.0, m)[:, None])
-    sink = np.zeros(len(rows)) if one.sink is None else np.exp(float(one.sink) - m)
+    beta = -np.inf if one.sink is None else float(one.sink)
+    m, empty = np.maximum(s.max(axis=1), beta), np.zeros(len(rows), np.bool_)
+    if seen is not None and beta == -np.inf:
+        empty = ~np.logical_or.reduce(seen, axis=1)
+    shift = np.where(empty, 0.0, m)
+    w, sink = np.exp(s - shift[:, None]), np.exp(beta - shift)
     return _Tile(rows, keys, seen, m, w, sink, np.where(empty, 1.0, w.sum(axis=1) + sink), slope)
 
 
@@ -392,6 +399,6 @@ def _union(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.intp
         return np.zeros(0, np.intp)
     order = np.argsort(start, kind="stable")
     start, reach = start[order], np.maximum.accumulate(stop[order])
-    fresh = np.flatnonzero(np.r_[True, start[1:] > reach[:-1]])
-    first, last = start[fresh], np.r_[reach[fresh[1:] - 1], reach[-1]]
+    fresh = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]]))
+    first, last = start[fresh], reach[[*(fresh[1:] - 1), -1]]
     return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])

@@ -32,8 +32,12 @@ class FeatureMap(NamedTuple):
         return self.name
 
 
-elu_plus_one = FeatureMap(
-    "elu_plus_one",
-    lambda x: np.maximum(x, 0.0) + np.exp(np.minimum(x, 0.0)),
-    lambda dphi, x: dphi * np.exp(np.minimum(x, 0.0)),
-)
+def _elu_plus_one(x: Any) -> Any:
+    return np.maximum(x, 0.0) + np.exp(np.minimum(x, 0.0))
+
+
+def _pull_elu_plus_one(dphi: Any, x: Any) -> Any:
+    return dphi * np.exp(np.minimum(x, 0.0))
+
+
+elu_plus_one = FeatureMap("elu_plus_one", _elu_plus_one, _pull_elu_plus_one)

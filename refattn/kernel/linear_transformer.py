@@ -110,7 +110,7 @@ def weights(
     eps: float = 0.0,
     mask: Mask | Pairs | ArrayLike | None = None,
 ) -> NDArray[np.float64]:
-    r"""Return the attention matrix κ_ij / (Σ_l κ_il + ε), κ_ij = φ(q_i)·φ(k_j), (..., T, S): eq. (5), the parallel form.
+    r"""Return the attention matrix κ_ij / (Σ_l κ_il + ε), κ_ij = φ(q_i)·φ(k_j), (..., T, S): eq. (5), in parallel.
 
     >>> from refattn.kernel import linear_transformer
     >>> linear_transformer.weights([[0.0]], [[0.0], [1.0]]).round(3)
@@ -235,9 +235,48 @@ def bound(
     o = np.asarray(linear.forward(call, Backend("numpy"))[0])
     out = np.zeros_like(o)
     for n in range(int(np.prod(call.leads.shape))):
-        one = (np.asarray(matrix(x, of[s][n]), np.float64) for s, x in (("q", call.q), ("k", call.k), ("v", call.v)))
-        _bound(matrix(out, n), matrix(o, n), *one, call.ends(n), call, sigma)
+        q, k, v = (_check.widened(matrix(x, of[s][n])) for s, x in (("q", call.q), ("k", call.k), ("v", call.v)))
+        _bound(matrix(out, n), matrix(o, n), q, k, v, call.ends(n), call, sigma)
     return out
+
+
+def bound_from_box(box: float, depth: int, *, scale: float | None = None) -> float:
+    r"""Total variation between elu + 1 attention and softmax attention, at most, for entries that are at most B (K5).
+
+    .. math::
+        \mathrm{TV} \le \tanh\!\big(\tfrac14 (B + \ln(1 + B) + 2 |\sigma| D B^2)\big)
+        \qquad \text{if } |q_c| \le B,\ |k_{jc}| \le B
+
+    No constant is smaller. It holds for `elu_plus_one`, ε = 0 and any mask; the outputs of a column then differ by at
+    most that part of its values' range. Unlike `bound` it reads no array. It falls like B/2 where weights that ignore
+    the keys are off by B²: small inputs are not what elu + 1 is good at.
+
+    Parameters
+    ----------
+    box
+        B ≥ 0, the largest absolute entry of q and k.
+    depth
+        D.
+    scale
+        The scale of the softmax attention that this is measured against; 1/√D unless given.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Another box, depth or scale, naming the argument.
+
+    Examples
+    --------
+    >>> from refattn.kernel import linear_transformer
+    >>> round(linear_transformer.bound_from_box(1.0, 1), 4)
+    0.7274
+    """
+    B = _check.finite("box", box)
+    if B < 0:
+        raise ValueError(f"box is {B}; expected at least 0")
+    D = _check.integer("depth", depth, 1)
+    span = B + np.log1p(B) + 2 * abs(_check.scale(scale, D)) * D * B * B
+    return float(perturbation.tilt_total_variation(span))
 
 
 def cost(

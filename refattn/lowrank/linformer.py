@@ -1,3 +1,5 @@
+# pyright: reportConstantRedefinition=false
+# E and F are the paper's names.
 r"""Linformer: keys and values are projected along the sequence first.
 
 .. math::
@@ -18,6 +20,8 @@ from refattn import _check, perturbation, softmax
 from refattn.engines import Backend
 from refattn.heads import leads, matrix, unbroadcast
 from refattn.method import Claim, Cost, Method, Option
+
+Array = NDArray[Any]
 
 METHOD = Method(
     name="linformer",
@@ -99,7 +103,8 @@ def attend(
     >>> linformer.attend([[1.0]], [[0.0], [2.0]], [[1.0], [3.0]], mean, mean)
     array([[2.]])
     """
-    q, k, v, E, F = _checked(q, k, v, E, F)
+    q, k, v = _inputs(q, k, v)
+    E, F = _projections(E, F, k)
     return softmax.attend(q, E @ k, F @ v, scale=scale, backend=backend)
 
 
@@ -112,7 +117,8 @@ def weights(
     >>> linformer.weights([[1.0]], [[0.0], [2.0]], [[0.5, 0.5]], [[1.0, -1.0]])
     array([[ 1., -1.]])
     """
-    q, k, _, E, F = _checked(q, k, None, E, F)
+    q, k, _ = _inputs(q, k, k)
+    E, F = _projections(E, F, k)
     p = softmax.weights(q, E @ k, scale=scale)
     if F.ndim == 2:
         return p @ F
@@ -144,14 +150,15 @@ def vjp(
     >>> linformer.vjp([[1.0]], [[1.0]], [[0.0], [2.0]], [[1.0], [3.0]], [[0.5, 0.5]], [[0.5, 0.5]]).F
     array([[1., 3.]])
     """
-    q, k, v, E, F = _checked(q, k, v, E, F)
+    q, k, v = _inputs(q, k, v)
+    E, F = _projections(E, F, k)
     g = softmax.vjp(do, q, E @ k, F @ v, scale=scale, backend=backend)
     return Gradients(
         g.q,
-        unbroadcast(_turn(E) @ g.k, k.shape),
-        unbroadcast(_turn(F) @ g.v, v.shape),
-        unbroadcast(g.k @ _turn(k), E.shape),
-        unbroadcast(g.v @ _turn(v), F.shape),
+        unbroadcast(E.mT @ g.k, k.shape),
+        unbroadcast(F.mT @ g.v, v.shape),
+        unbroadcast(g.k @ k.mT, E.shape),
+        unbroadcast(g.v @ v.mT, F.shape),
     )
 
 
@@ -200,7 +207,7 @@ def fit(
     >>> [x.shape for x in linformer.fit(q, k, v, rank=2)]
     [(2, 6), (2, 6)]
     """
-    q, k, v, _, _ = _checked(q, k, v, None, None)
+    q, k, v = _inputs(q, k, v)
     P = softmax.weights(q, k, scale=scale)
     T, S = P.shape[-2:]
     joined = leads({"q": q.shape[:-2]}, {"k": k.shape[:-2]})
@@ -246,7 +253,8 @@ def bound(
     >>> linformer.bound([[1.0]], [[1.0], [1.0]], [[2.0], [2.0]], same, same)
     array([[0.]])
     """
-    q, k, v, E, F = _checked(q, k, v, E, F)
+    q, k, v = _inputs(q, k, v)
+    E, F = _projections(E, F, k)
     sigma = _check.scale(scale, q.shape[-1])
     o, kt, vt = attend(q, k, v, E, F, scale=scale), E @ k, F @ v
     phat = softmax.weights(q, kt, scale=scale)
@@ -275,32 +283,27 @@ def cost(T: int, S: int, D: int, E: int, *, rank: int) -> Cost:
     return Cost(pairs=T * rank, flops=flops, bytes=8 * (T * (D + E) + S * (D + E) + 2 * rank * S))
 
 
-def _checked(q: Any, k: Any, v: Any, E: Any, F: Any) -> tuple[Any, Any, Any, Any, Any]:
-    q, k = _check.array("q", q, "T D"), _check.array("k", k, "S D")
+def _inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
+    """Check q, k and v; keys and values are widened, for the projections meet them first."""
+    q, k, v = _check.array("q", q, "T D"), _check.array("k", k, "S D"), _check.array("v", v, "S E")
     _check.size("k", k.shape[-1], q.shape[-1], "D", "q")
-    if v is not None:
-        v = _check.array("v", v, "S E")
-        _check.size("v", v.shape[-2], k.shape[-2], "S", "k")
-    if E is not None:
-        E, F = _check.array("E", E, "r S"), _check.array("F", F, "r S")
-        _check.size("E", E.shape[-1], k.shape[-2], "S", "k")
-        _check.size("F", F.shape[-1], k.shape[-2], "S", "k")
-        _check.size("F", F.shape[-2], E.shape[-2], "r", "E")
-        if E.shape[-2] < 1:
-            raise ValueError("E has r = 0; expected at least 1 projected key")
-        E, F = (x.astype(np.float64) if isinstance(x, np.ndarray) else x for x in (E, F))
-    k = k.astype(np.float64) if isinstance(k, np.ndarray) else k
-    v = v.astype(np.float64) if isinstance(v, np.ndarray) else v
-    return q, k, v, E, F
+    _check.size("v", v.shape[-2], k.shape[-2], "S", "k")
+    return q, _check.widened(k), _check.widened(v)
 
 
-def _turn(x: Any) -> Any:
-    return x.swapaxes(-1, -2) if isinstance(x, np.ndarray) else x.mT
+def _projections(E: ArrayLike, F: ArrayLike, k: Array) -> tuple[Array, Array]:
+    E, F = _check.array("E", E, "r S"), _check.array("F", F, "r S")
+    _check.size("E", E.shape[-1], k.shape[-2], "S", "k")
+    _check.size("F", F.shape[-1], k.shape[-2], "S", "k")
+    _check.size("F", F.shape[-2], E.shape[-2], "r", "E")
+    if E.shape[-2] < 1:
+        raise ValueError("E has r = 0; expected at least 1 projected key")
+    return _check.widened(E), _check.widened(F)
 
 
 def _groups(k: NDArray[np.float64], kt: NDArray[np.float64]) -> NDArray[np.intp]:
     """Give each key a projected key, the nearest where possible, so that every projected key has one (r ≤ S)."""
-    distance = ((k[:, None] - kt) ** 2).sum(axis=2)
+    distance = (kt**2).sum(axis=1) - 2 * (k @ kt.T)  # less ‖k‖², which does not change who is nearest
     g = distance.argmin(axis=1)
     counts = np.bincount(g, minlength=len(kt))
     for lone in np.flatnonzero(counts == 0):

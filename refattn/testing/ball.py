@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from refattn.engines import One
 
 
 @contextlib.contextmanager
-def precision(bits: int = 200) -> Iterator[None]:
+def precision(bits: int = 200) -> Generator[None]:
     """Compute with this many bits inside the block.
 
     >>> with precision(100):
@@ -36,7 +36,8 @@ def _flint() -> Any:
         import flint
     except ModuleNotFoundError:
         raise ImportError(
-            "ball arithmetic needs python-flint, which is not installed; install it with: pip install 'refattn[certify]'"
+            "ball arithmetic needs python-flint, which is not installed; "
+            "install it with: pip install 'refattn[certify]'"
         ) from None
     return flint
 
@@ -187,7 +188,7 @@ class Ball(Arithmetic):
         """Return the directional derivative that the arrays made with `along` carry."""
         return Ball(_map(lambda c: _dual(c).dx, self.cells))
 
-    def _floats(self, f: Any) -> NDArray[np.float64]:
+    def _floats(self, f: Callable[[Any], Any]) -> NDArray[np.float64]:
         out = np.empty(self.shape)
         for i in np.ndindex(self.shape):
             out[i] = f(_plain(self.cells[i]))
@@ -248,7 +249,7 @@ class Ball(Arithmetic):
                 o[i, c] = total / z if some else arb(0)
         return Ball(o), Ball(lse)
 
-    def softmax_backward(self, one: One, do: Any, dlse: Any) -> tuple[Ball, ...]:
+    def softmax_backward(self, one: Any, do: Any, dlse: Any) -> tuple[Any, Any, Any, Any, Any]:
         """Refuse: gradients are judged by directional derivatives of the forward (`along`), not by a second formula."""
         raise NotImplementedError("take directional derivatives with Ball.along")
 
@@ -263,7 +264,9 @@ class Ball(Arithmetic):
             out[i, c] = total / den if len(js) else arb(0)
         return Ball(out)
 
-    def linear_backward(self, *arguments: Any) -> tuple[Ball, ...]:
+    def linear_backward(
+        self, fq: Any, fk: Any, v: Any, seen: NDArray[np.bool_], eps: float, do: Any
+    ) -> tuple[Any, Any, Any]:
         """Refuse, as `softmax_backward`."""
         raise NotImplementedError("take directional derivatives with Ball.along")
 
@@ -309,14 +312,14 @@ def _cell(x: Any) -> NDArray[Any]:
     return out
 
 
-def _map(f: Any, cells: NDArray[Any]) -> NDArray[Any]:
+def _map(f: Callable[[Any], Any], cells: NDArray[Any]) -> NDArray[Any]:
     out = np.empty(cells.shape, object)
     for i in np.ndindex(cells.shape):
         out[i] = f(cells[i])
     return out
 
 
-def _pairwise(f: Any, a: Ball, b: Ball) -> Ball:
+def _pairwise(f: Callable[[Any, Any], Any], a: Ball, b: Ball) -> Ball:
     x, y = np.broadcast_arrays(a.cells, b.cells)
     out = np.empty(x.shape, object)
     for i in np.ndindex(out.shape):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from refattn import masks
+from refattn.masks import Mask, Pairs
 from refattn.method import REQUIRED, Method
 
 KINDS = ("normal", "small", "large", "ties", "peaked", "offset")
@@ -49,7 +50,8 @@ class Case:
         """Return the weights, by the argument that each matrix multiplies."""
         positional, named = self.arguments(without=self.method.linear_in)
         out = self.module.weights(*positional, **named)
-        return out._asdict() if len(self.method.linear_in) > 1 else {self.method.linear_in[0]: out}
+        names = self.method.linear_in
+        return out._asdict() if len(names) > 1 else dict.fromkeys(names, out)
 
     def vjp(self, do: Any) -> dict[str, Any]:
         """Return the gradients by argument name, of those that are given."""
@@ -115,8 +117,8 @@ def cases(
         arrays[name] = numbers(rng, shape, kind)
     if method.drawn:
         chosen = {name: draw(st.sampled_from(option.values(sizes))) for name, option in method.draw_options.items()}
-        made = module.draw(rng, arrays["q"], arrays["k"], arrays["v"], **chosen)
-        arrays.update(zip(method.drawn, made if isinstance(made, tuple) else (made,), strict=True))
+        made: tuple[Any, ...] = module.draw(rng, arrays["q"], arrays["k"], arrays["v"], **chosen)
+        arrays.update(zip(method.drawn, made, strict=True))
     options = {
         name: draw(st.sampled_from(option.values(sizes)))
         for name, option in method.options.items()
@@ -149,32 +151,48 @@ def numbers(rng: np.random.Generator, shape: tuple[int, ...], kind: str) -> NDAr
     return np.asarray(np.round(x * 64) / 64)
 
 
-def prefix_masks(sizes: Mapping[str, int]) -> st.SearchStrategy[Any]:
+def prefix_masks(sizes: Mapping[str, int]) -> st.SearchStrategy[Mask | None]:
     """Draw a mask whose rows see the first keys, never fewer than the row before; or None."""
-    S = sizes["S"]
+    few = st.integers(0, sizes["S"])
     return st.one_of(
         st.none(),
         st.just(masks.causal()),
-        st.builds(lambda n: masks.lengths(n), st.integers(0, S)),
-        st.builds(lambda n: masks.prefix(n) | masks.causal(), st.integers(0, S)),
-        st.builds(lambda n: masks.causal().at(n), st.integers(-2, 3)),
+        few.map(masks.lengths),
+        few.map(masks.prefix).map(_or_causal),
+        st.integers(-2, 3).map(masks.causal().at),
     )
 
 
-def any_masks(sizes: Mapping[str, int], rng: np.random.Generator) -> st.SearchStrategy[Any]:
+def any_masks(
+    sizes: Mapping[str, int], rng: np.random.Generator
+) -> st.SearchStrategy[Mask | Pairs | NDArray[np.bool_] | None]:
     """Draw a mask, bound or not, or an array of booleans, or None."""
     T, S = sizes["T"], sizes["S"]
-    small = st.integers(0, 3)
+    some, small, step = rng.random((T, S)) < 0.6, st.integers(0, 3), st.integers(1, 3)
     leaves = st.one_of(
-        prefix_masks(sizes).filter(lambda m: m is not None),
+        prefix_masks(sizes).map(_or_causal),
         st.builds(masks.window, small, st.one_of(st.none(), small)),
-        st.builds(masks.dilated, small, small, st.integers(1, 3)),
-        st.builds(masks.block_local, st.integers(1, 3)),
-        st.builds(masks.strided, st.integers(1, 3)),
-        st.builds(lambda: masks.segments(rng.integers(0, 2, T), rng.integers(0, 2, S))),
-        st.builds(lambda: masks.dense(rng.random((T, S)) < 0.6)),
+        st.builds(masks.dilated, small, small, step),
+        step.map(masks.block_local),
+        step.map(masks.strided),
+        st.just(masks.segments(rng.integers(0, 2, T), rng.integers(0, 2, S))),
+        st.just(masks.dense(some)),
     )
-    joined = st.one_of(
-        leaves, st.builds(lambda a, b: a & b, leaves, leaves), st.builds(lambda a, b: a | ~b, leaves, leaves)
-    )
-    return st.one_of(st.none(), joined, joined.map(lambda m: m.on(T, S)), st.builds(lambda: rng.random((T, S)) < 0.6))
+    joined = st.one_of(leaves, st.builds(_meet, leaves, leaves), st.builds(_differ, leaves, leaves))
+
+    def bound(mask: Mask) -> Pairs:
+        return mask.on(T, S)
+
+    return st.one_of(st.none(), joined, joined.map(bound), st.just(some))
+
+
+def _or_causal(mask: Mask | None) -> Mask:
+    return masks.causal() if mask is None else mask | masks.causal()
+
+
+def _meet(one: Mask, other: Mask) -> Mask:
+    return one & other
+
+
+def _differ(one: Mask, other: Mask) -> Mask:
+    return one | ~other
