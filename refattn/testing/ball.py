@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn.arithmetic import Arithmetic
-from refattn.bias import Table
+from refattn.bias import Alibi, Table
 from refattn.engines import One
 
 
@@ -96,8 +96,8 @@ class Dual:
 
     def tanh(self) -> Dual:
         """Hyperbolic tangent."""
-        y = self.x.tanh()
-        return Dual(y, (1 - y * y) * self.dx)
+        c = self.x.cosh()  # 1 − tanh² would cancel where tanh is near 1
+        return Dual(self.x.tanh(), self.dx / (c * c))
 
 
 def _dual(x: Any) -> Dual:
@@ -281,8 +281,11 @@ def _logits(one: One) -> Ball:
         if isinstance(table, Ball):
             bias = table
         else:
-            numbers = call.bias.block(0, np.arange(q.shape[0]), np.arange(k.shape[0]))
-            bias = Ball.lift(np.where(np.isneginf(numbers), 0.0, numbers))
+            slope, whole = 1.0, call.bias
+            if isinstance(whole, Alibi):  # slope × distance is rounded in its block, the distance alone is not
+                slope, whole = whole.slopes.item(), Alibi(np.ones_like(whole.slopes), whole.position)
+            numbers = whole.block(0, np.arange(q.shape[0]), np.arange(k.shape[0]))
+            bias = Ball.lift(np.where(np.isneginf(numbers), 0.0, numbers)) * Ball.lift(slope)
     if bias is not None and call.order == "bias, softcap":
         s = s + bias
     if call.softcap is not None:
