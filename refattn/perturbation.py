@@ -431,6 +431,67 @@ def signed_output(p: ArrayLike, a: ArrayLike, v: ArrayLike) -> Array:
     return (high - low) / 2 * moved + np.abs(high + low) / 2 * surplus
 
 
+def logit_gradient(spread: ArrayLike) -> Array:
+    r"""Bound the sum of a row's absolute logit gradients by the spread of g = v·do over its keys (B2).
+
+    .. math:: \|dS\|_1 = \textstyle\sum_j p_j |g_j - \bar g| \le (\max g - \min g) / 2
+
+    Equal when g is two-valued and each value has half the weight.
+
+    >>> float(logit_gradient(3.0))
+    1.5
+    """
+    return _real("spread", spread, 0.0) / 2
+
+
+def query_gradient(scale: ArrayLike, norm: ArrayLike, key_diameter: ArrayLike) -> Array:
+    r"""Bound a row's query gradient by the sum of its absolute logit gradients, which sum to 0 (B2, B3).
+
+    .. math:: \|dq\|_2 = |\sigma|\,\|\textstyle\sum_j dS_j k_j\|_2
+              \le |\sigma|\,\|dS\|_1\,\mathrm{diam}(K) / 2
+
+    Holds for the change of dq from that of dS. Equal for two keys.
+
+    Parameters
+    ----------
+    scale : σ.
+    norm : ‖dS‖₁, or more (`logit_gradient`), or that of a change of dS (`gradient_change`, `gradient_of_kept`).
+    key_diameter : largest distance of two keys, or more (`ball_diameter`).
+
+    >>> float(query_gradient(0.5, logit_gradient(1.0), 4.0))
+    0.5
+    """
+    return np.abs(_real("scale", scale)) * _real("norm", norm, 0.0) * _real("key_diameter", key_diameter, 0.0) / 2
+
+
+def gradient_change(total_variation: ArrayLike, spread: ArrayLike) -> Array:
+    r"""Bound the change of a row's logit gradients when its weights change, g = v·do being the same (B3).
+
+    .. math:: \|dS' - dS\|_1 \le 2\,\mathrm{TV}(p, p')\,(\max g - \min g)
+
+    Equal in the limit of two keys, a small weight moved onto the one that had none.
+
+    >>> float(gradient_change(0.25, 2.0))
+    1.0
+    """
+    return 2 * _real("total_variation", total_variation, 0.0, 1.0) * _real("spread", spread, 0.0)
+
+
+def gradient_of_kept(dropped: ArrayLike, spread: ArrayLike) -> Array:
+    r"""Bound the change of a row's logit gradients when keys of mass ρ are dropped (B3).
+
+    .. math:: \|dS_S - dS\|_1 \le \rho \max(1, 2(1 - \rho))\,(\max g - \min g)
+
+    with 0 for the gradients of dropped keys; the spread is that of g = v·do over all keys. Equal when g is one number
+    on the kept keys and another on the dropped (ρ ≤ 1/2), or two numbers of half the weight each on both (ρ ≥ 1/2).
+
+    >>> float(gradient_of_kept(0.25, 2.0)), float(gradient_of_kept(0.75, 2.0))
+    (0.75, 1.5)
+    """
+    dropped = _real("dropped", dropped, 0.0, 1.0)
+    return dropped * np.maximum(1.0, 2 * (1 - dropped)) * _real("spread", spread, 0.0)
+
+
 def _real(name: str, value: ArrayLike, low: float = -np.inf, high: float = np.inf) -> Array:
     """Widen real numbers to float64 and refuse those outside [low, high]; NaN passes."""
     array: Array = _check.array(name, value, "").astype(np.float64, copy=False)
