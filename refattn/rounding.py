@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn.arithmetic import Arithmetic
-from refattn.bias import Table
+from refattn.bias import Bias, Table
 from refattn.engines import One
 
 U = 2.0**-53
@@ -199,7 +199,8 @@ def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> A
 
     declared = {m.__name__: m.METHOD for m in method.modules().values()}.get(verb.__module__)
     named = set(declared.arrays) | {"dlse"} if declared else set[str]()
-    lifted = {s: Bounded.lift(x) if s in named and x is not None else x for s, x in options.items()}
+    plain = (type(None), Bias)
+    lifted = {s: Bounded.lift(x) if s in named and not isinstance(x, plain) else x for s, x in options.items()}
     return _errors(verb(*map(Bounded.lift, arrays), **lifted))
 
 
