@@ -97,23 +97,32 @@ def _natural(statement: str) -> list[tuple[int, str]]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --tightness."""
+    """Add --tightness and --laws."""
     parser.addoption("--tightness", action="store_true", help="print how tight each proved bound was met")
+    parser.addoption("--laws", action="store_true", help="print which law was run on which method")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start with an empty table."""
     reference = tomllib.loads((Path(__file__).parent / "proofs" / "reference.toml").read_text(encoding="utf-8"))
     config.stash[TIGHTNESS] = Tightness(reference)
+    config.stash[CELLS] = {}
 
 
 TIGHTNESS = pytest.StashKey[Tightness]()
+CELLS = pytest.StashKey[dict[tuple[str, str], float]]()
 
 
 @pytest.fixture(scope="session")
 def tight(pytestconfig: pytest.Config) -> Tightness:
     """Judge a proved bound and record how tight it was met: `target(tight("P1", error, bound, rounding))`."""
     return pytestconfig.stash[TIGHTNESS]
+
+
+@pytest.fixture(scope="session")
+def cells(pytestconfig: pytest.Config) -> dict[tuple[str, str], float]:
+    """Hold the cells (method, law) that were run, each with the largest error / bound that it met."""
+    return pytestconfig.stash[CELLS]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -124,9 +133,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the table."""
+    """Print the tables."""
+    if config.getoption("--laws"):
+        terminalreporter.section("laws: largest error / bound; - where a method does not declare what the law needs")
+        for line in law_table(config.stash[CELLS]):
+            terminalreporter.write_line(line)
     if config.getoption("--tightness"):
         ledger = config.stash[TIGHTNESS]
         terminalreporter.section("tightness: largest (error - rounding) / bound")
         for line in [*ledger.table(), *(f"FELL SHORT: {sentence}" for sentence in ledger.shortcomings())]:
             terminalreporter.write_line(line)
+
+
+def law_table(cells: dict[tuple[str, str], float]) -> list[str]:
+    """Return the lines of the table laws x methods."""
+    methods, laws = (list(dict.fromkeys(cell[n] for cell in cells)) for n in (0, 1))
+    lines = [f"{'law':<54}" + "".join(f"{name:>20}" for name in methods)]
+    for law in laws:
+        ratios = (cells.get((name, law)) for name in methods)
+        lines.append(f"{law:<54}" + "".join(f"{'-':>20}" if r is None else f"{r:>20.3g}" for r in ratios))
+    return [*lines, f"{len(cells)} cells run"]

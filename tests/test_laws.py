@@ -14,7 +14,6 @@ from refattn.testing.strategies import cases
 
 MODULES = method.modules()
 LAWS = {}
-RUN: set[tuple[str, str]] = set()
 RATIOS: list[float] = []
 
 
@@ -111,23 +110,6 @@ def the_output_is_linear_in_what_is_declared(module, data):
     room = allowance(both) + allowance(case) + 2 * allowance(alone)
     expected = case.attend() + 2 * alone.attend()
     within(both.attend(), expected, room + 2 * rounding.U * abs(expected))
-
-
-@law(lambda module: bool(module.METHOD.linear_in))
-def what_is_not_declared_linear_is_not(module, data):
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**16)))
-    case = data.draw(cases(module, least=5, square=True, masked=False))
-    for name in set(case.method.required) - set(case.method.linear_in):
-        shape = case.arrays[name].shape
-        point = case.given(**{s: rng.standard_normal(x.shape) for s, x in case.arrays.items()})
-        step = rng.standard_normal(shape)
-        ends = [point.given(**{name: point.arrays[name] + t * step}) for t in (-1.0, 1.0)]
-        bend = ends[0].attend() + ends[1].attend() - 2 * point.attend()
-        room = allowance(ends[0]) + allowance(ends[1]) + 2 * allowance(point)
-        if name == "F":
-            continue
-        if not (abs(bend) > room).any():
-            assume(False)
 
 
 @law()
@@ -377,19 +359,20 @@ CELLS = [(name, rule) for name, module in MODULES.items() for rule, (_, applies)
 @pytest.mark.parametrize(("name", "rule"), CELLS)
 @settings(max_examples=25)
 @given(data=st.data())
-def test_law(name, rule, data):
+def test_law(name, rule, data, cells):
     RATIOS.clear()
     LAWS[rule][0](MODULES[name], data)
-    target(max(RATIOS, default=0.0), label="error / bound")
-    RUN.add((name, rule))
+    worst = max(RATIOS, default=0.0)
+    target(worst, label="error / bound")
+    cells[name, rule] = max(worst, cells.get((name, rule), 0.0))
 
 
-def test_no_cell_is_missing(request):
-    collected = sum(item.originalname == "test_law" for item in request.session.items if item.path == request.path)
-    if collected < len(CELLS):
-        pytest.skip("only some cells were asked for") if collected else None
+def test_no_cell_is_missing(request, cells):
+    asked = [item for item in request.session.items if item.path == request.path and item.originalname == "test_law"]
+    if len(asked) < len(CELLS):
+        return  # a selection of the tests says nothing about the whole table
     wanted = {(m, r) for m, module in MODULES.items() for r, (_, applies) in LAWS.items() if applies(module)}
-    assert wanted == RUN
+    assert wanted == cells.keys()
     assert len(wanted) == len(CELLS)
 
 
