@@ -15,7 +15,7 @@ Derivation   1 tree: the sum is Σt_i∏(1+δ), at most h factors; |∏(1+δ)−
              the earlier |t_i|, |ŝ−s| ≤ (n−1)uA. If |t| ≤ uA, the float ŝ is a candidate, so the rounding costs ≤ |t| ≤
              uA. Else it costs ≤ u/(1+u)·(|t|+(1+(n−1)u)A) ≤ u(|t|+A) + (n−1)u·uA ≤ u(A+n|t|), as uA < |t|. Both fit
              into nu(A+|t|) − (n−1)uA = u(A+n|t|).
-Equality     nearly, one product just above a power of two and half a spacing off: 8/9 in a format of 3 bits, 32/33 of 6.
+Equality     nearly, one product just above a power of two and half a spacing off: 8/9 in 3 bits, 32/33 in 6.
 Loose        nowhere for what it says; a BLAS sums in blocks, far below its γ_n.
 
 F1  Output
