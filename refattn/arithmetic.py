@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
     """Base of the arithmetics: two-dimensional arrays, without leading axes.
 
-    A subclass supplies `shape`, `floats`, `mT`, indexing, `sum` and, through `__array_ufunc__`, the ufuncs named in `UFUNCS`;
-    and it supplies the engines, whose order of operations the verbs do not spell out: `softmax_forward`,
-    `softmax_backward`, `linear_forward`, `linear_backward`.
+    A subclass supplies `shape`, `floats`, `mT`, indexing, `sum` and, through `__array_ufunc__`, the ufuncs named in
+    `UFUNCS`; and it supplies the engines, whose order of operations the verbs do not spell out:
+    `softmax_forward`, `softmax_backward`, `linear_forward`, `linear_backward`.
     """
 
     UFUNCS: ClassVar[tuple[str, ...]] = (

@@ -245,6 +245,19 @@ def bind(mask: Mask | Pairs | ArrayLike | None, T: int, S: int) -> Pairs | None:
     return (mask if isinstance(mask, Mask) else dense(mask)).on(T, S)
 
 
+def meet(mask: Mask | Pairs | ArrayLike | None, pattern: Mask) -> Mask:
+    """Return what both a mask argument and a method's own pattern see; None sees all.
+
+    >>> meet(None, causal())
+    causal()
+    """
+    if mask is None:
+        return pattern
+    if isinstance(mask, Pairs):
+        return mask.mask & pattern
+    return (mask if isinstance(mask, Mask) else dense(mask)) & pattern
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Leaf(Mask):
     """A mask whose array fields have leading axes and then as many axes as `TAILS` says."""

@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings, target
+from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
 from refattn import masks, method, partial, rounding, softmax
@@ -89,9 +89,7 @@ def rows_of_weights_sum_to_what_is_declared(module, data):
     total = sum(w.sum(axis=1) for w in case.weights().values())
     error = sum(b.sum(axis=1) for b in allowances(case).values())
     room = error + rounding.gamma(case.sizes["S"] + 2) * (1 + error)
-    seen = np.ones(len(total)) if case.sizes["S"] else np.zeros(len(total))
-    if case.options.get("mask") is not None or "bias" in case.arrays:
-        seen = sum(abs(w).sum(axis=1) for w in case.weights().values()) > 0
+    seen = sum(abs(w).sum(axis=1) for w in case.weights().values()) > 0
     plain = "sink" not in case.arrays and not case.options.get("eps")
     if plain:
         within(total, seen, room)
@@ -130,7 +128,7 @@ def leading_axes_are_independent(module, data):
 @law()
 def grouped_heads_are_repeated_heads(module, data):
     case = data.draw(cases(module, masked=False))
-    keyed = [name for name in case.arrays if not name.startswith("q") and name not in ("bias", "sink")]
+    keyed = [name for name in case.arrays if "S" in letters(case, name) and "T" not in letters(case, name)]
     few = {name: np.stack([case.arrays[name], case.arrays[name][::-1]]) for name in keyed}
     many = {name: np.stack([case.arrays[name]] * 4) for name in case.arrays if name not in keyed}
     grouped = case.given(**few, **many).attend()
@@ -153,24 +151,14 @@ def keys_may_be_permuted(module, data):
 def causal_never_looks_ahead(module, data):
     case = data.draw(cases(module, least=1, square=True)).given(mask=masks.causal())
     t = data.draw(st.integers(0, case.sizes["T"] - 1))
-    rotten = {}
-    for name, axes in case.method.arrays.items():
-        if name in case.arrays and axes.split()[0] in ("T", "S"):
-            rotten[name] = case.arrays[name].copy()
-            rotten[name][t + 1 :] = np.nan
-    if "bias" in rotten:
-        rotten["bias"] = case.arrays["bias"].copy()
-        rotten["bias"][:, t + 1 :] = np.nan
-        rotten["bias"][t + 1 :] = np.nan
-    tokens = case.options.get("tokens", ())
-    assume(all(token <= t for token in tokens))
-    poisoned = case.given(**rotten)
+    later = np.arange(case.sizes["T"]) > t
+    poisoned = poison(case, later, later, later | later[:, None])
     within(poisoned.attend()[: t + 1], case.attend()[: t + 1], 2 * allowance(case)[: t + 1])
     do = np.ones((case.sizes["T"], case.sizes["E"]))
     do[t + 1 :] = 0
     bounds = gradient_allowance(case, do)
     for name, g in poisoned.vjp(do).items():
-        if case.method.arrays[name].split()[0] == "T" and name != "bias":
+        if letters(case, name) == ("T", "D"):
             within(g[: t + 1], case.vjp(do)[name][: t + 1], 2 * bounds[name][: t + 1])
 
 
@@ -183,22 +171,30 @@ def what_is_not_seen_never_matters(module, data):
     pairs = masks.bind(case.options["mask"], case.sizes["T"], case.sizes["S"])
     allowed = pairs.seen(np.arange(pairs.T), np.arange(pairs.S)) if pairs is not None else seen | True
     blind, hidden = ~allowed.any(axis=1), ~allowed.any(axis=0)
-    rotten = {}
-    for name, axes in case.method.arrays.items():
-        if name in case.arrays and name not in ("bias", "sink"):
-            rotten[name] = case.arrays[name].copy()
-            rotten[name][blind if axes.split()[0] == "T" else hidden] = np.nan
-    if "bias" in case.arrays:
-        rotten["bias"] = np.where(allowed, case.arrays["bias"], np.nan)
     do = np.ones((case.sizes["T"], case.sizes["E"]))
-    poisoned = case.given(**rotten)
+    poisoned = poison(case, blind, hidden, ~allowed)
     assert not np.isnan(poisoned.attend()).any()
     within(poisoned.attend(), case.attend(), 2 * allowance(case))
     bounds = gradient_allowance(case, do)
     for name, g in poisoned.vjp(np.where(blind[:, None], np.nan, do)).items():
-        if name == "sink":
-            continue
         within(g, case.vjp(do)[name], 2 * bounds[name])
+
+
+def letters(case, name):
+    """Return the axes of an array, by letter; a logit a head has none, and goes with the queries."""
+    return tuple(case.method.arrays[name].rstrip("?").split())
+
+
+def poison(case, rows, keys, pairs):
+    """Put NaN into some rows, some keys and some pairs of every array that has them."""
+    rotten = {}
+    for name, x in case.arrays.items():
+        first = letters(case, name)[:2]
+        bad = {("T", "S"): pairs, ("T", "D"): rows, ("S", "D"): keys, ("S", "E"): keys}.get(first)
+        if bad is not None:
+            rotten[name] = x.copy()
+            rotten[name][bad] = np.nan
+    return case.given(**rotten)
 
 
 def gradient_allowance(case, do):

@@ -284,16 +284,8 @@ def cost(
     10
     """
     near = masks.dilated(window, window, dilation) | masks.global_tokens(tokens)
-    pairs = int(np.max(_meet(mask, near).on(T, S).count))
+    pairs = int(np.max(masks.meet(mask, near).on(T, S).count))
     return Cost(pairs=pairs, flops=2 * pairs * (D + E), bytes=8 * (T + S) * (D + E))
-
-
-def _meet(mask: Mask | Pairs | ArrayLike | None, other: Mask) -> Mask:
-    if mask is None:
-        return other
-    if isinstance(mask, Pairs):
-        return mask.mask & other
-    return (mask if isinstance(mask, Mask) else masks.dense(mask)) & other
 
 
 def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
@@ -305,7 +297,7 @@ def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]
             raise ValueError(f"tokens holds {t}; expected positions below S = {S}")
     wide = np.isin(np.arange(T) + S - T, np.asarray(tokens, int)).astype(int)
     zeros = np.zeros(S, int)
-    return _meet(mask, masks.segments(wide, zeros)), _meet(mask, masks.segments(1 - wide, zeros))
+    return masks.meet(mask, masks.segments(wide, zeros)), masks.meet(mask, masks.segments(1 - wide, zeros))
 
 
 def _masks(q: Any, k: Any, window: int, dilation: int, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
