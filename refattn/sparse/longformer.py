@@ -128,11 +128,9 @@ def attend(
            [3. ]])
     """
     near, far = _masks(q, k, window, dilation, tokens, mask)
-    o = softmax.attend(q, k, v, mask=near, scale=scale, backend=backend)
-    if len(tokens) == 0:
-        return o
     given = _global(q, k, v, q_global, k_global, v_global)
-    return o + softmax.attend(*given, mask=far, scale=scale, backend=backend)
+    o = softmax.attend(q, k, v, mask=near, scale=scale, backend=backend)
+    return o if len(tokens) == 0 else o + softmax.attend(*given, mask=far, scale=scale, backend=backend)
 
 
 def weights(
@@ -155,11 +153,9 @@ def weights(
            [0. , 0. ]])
     """
     near, far = _masks(q, k, window, dilation, tokens, mask)
+    q_far, k_far, _ = _global(q, k, k, q_global, k_global, None)
     return Weights(
-        softmax.weights(q, k, mask=near, scale=scale),
-        softmax.weights(
-            q if q_global is None else q_global, k if k_global is None else k_global, mask=far, scale=scale
-        ),
+        softmax.weights(q, k, mask=near, scale=scale), softmax.weights(q_far, k_far, mask=far, scale=scale)
     )
 
 
@@ -189,8 +185,8 @@ def vjp(
            [0.83333333]])
     """
     near, far = _masks(q, k, window, dilation, tokens, mask)
-    local = softmax.vjp(do, q, k, v, mask=near, scale=scale, backend=backend)
     given = _global(q, k, v, q_global, k_global, v_global)
+    local = softmax.vjp(do, q, k, v, mask=near, scale=scale, backend=backend)
     wide = softmax.vjp(do, *given, mask=far, scale=scale, backend=backend)
     shared = [x is None for x in (q_global, k_global, v_global)]
     own = [a + b if one else a for a, b, one in zip(local[:3], wide[:3], shared, strict=True)]
@@ -261,8 +257,7 @@ def bound(
     """
     near, _ = _masks(q, k, window, dilation, tokens, mask)
     rest, _ = _rows(q, k, tokens, mask)
-    if len(tokens):
-        _global(q, k, v, q_global, k_global, v_global)
+    _global(q, k, v, q_global, k_global, v_global)
     return dropped.bound(q, k, v, kept=near, mask=rest, scale=scale)
 
 
