@@ -208,11 +208,12 @@ def fit(
     [(2, 6), (2, 6)]
     """
     q, k, v = _inputs(q, k, v)
+    rank = _check.integer("rank", rank, 1)
     P = softmax.weights(q, k, scale=scale)
     T, S = P.shape[-2:]
     joined = leads({"q": q.shape[:-2]}, {"k": k.shape[:-2]})
     keys = int(np.prod(k.shape[:-2]))
-    r = min(_check.integer("rank", rank, 1), S, T * len(joined.of["k"]) // max(1, keys))
+    r = min(rank, S, T * len(joined.of["k"]) // max(1, keys))
     E, F = np.empty((*k.shape[:-2], r, S)), np.empty((*k.shape[:-2], r, S))
     for j in range(keys):
         sharing = np.flatnonzero(joined.of["k"] == j)
