@@ -317,11 +317,11 @@ def _bound(
     for rows in np.array_split(live, max(1, len(live) * len(k) // 2**20)):
         seen = np.arange(len(k)) < ends[rows][:, None]
         kappa = phi(q[rows]) @ fk.T
-        positive = (kappa > 0) | ~seen
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.log(kappa) - sigma * (q[rows] @ k.T)
+        positive = seen & (kappa > 0)
+        with np.errstate(invalid="ignore"):
+            ratio = np.log(np.where(positive, kappa, 1.0)) - sigma * (q[rows] @ k.T)
         span = np.where(seen, ratio, -np.inf).max(axis=1) - np.where(seen, ratio, np.inf).min(axis=1)
-        sure = positive.all(axis=1)
+        sure = (positive == seen).all(axis=1)
         tv = perturbation.tilt_total_variation(np.where(sure, span, 0.0))[:, None]
         shrink = call.eps / np.where(sure, np.where(seen, kappa, 0.0).sum(axis=1), 1.0)[:, None]
         lo, hi, here = low[ends[rows] - 1], high[ends[rows] - 1], o[rows]
