@@ -32,7 +32,6 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
         "log",
         "maximum",
         "minimum",
-        "greater",
     )
 
     shape: tuple[int, ...]
