@@ -82,6 +82,11 @@ def _distance(a: Any, expected: Any) -> tuple[Any, Any]:
     if isinstance(expected, Ball):
         return expected.floats(), expected.distance(a)
     x = np.asarray(expected, np.float64)
-    with np.errstate(invalid="ignore"):
-        error = np.abs(a - x)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = a - x
+        # what rounding took from the difference, exactly (Knuth's two-sum): an error is never rounded down to its bound
+        back = error - a
+        lost = (a - (error - back)) - (x + back)
+        size = np.abs(error)
+        error = np.where(np.copysign(1.0, error) * lost > 0, np.nextafter(size, np.inf), size)
     return x, np.where(np.isinf(x) & (a == x), 0.0, error)

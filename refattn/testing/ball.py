@@ -181,7 +181,7 @@ class Ball(Arithmetic):
             if math.isinf(y) or not math.isfinite(float(cell.mid())):
                 out[i] = 0.0 if float(cell.mid()) == y and math.isinf(y) else math.inf
             else:
-                out[i] = math.nan if math.isnan(y) else float(abs(cell - arb(y)).upper()) * (1 + 2.0**-52)
+                out[i] = math.nan if math.isnan(y) else _above(abs(cell - arb(y)).upper())
         return out
 
     def derivative(self) -> Ball:
@@ -296,6 +296,12 @@ def _logits(one: One) -> Ball:
 
 def _only(sink: Any) -> Any:
     return Ball.lift(sink).cells.reshape(-1)[0]
+
+
+def _above(x: Any) -> float:
+    """Return the least float that is not below x."""
+    near = float(x)
+    return near if _flint().arb(near) >= x else math.nextafter(near, math.inf)
 
 
 def _plain(cell: Any) -> Any:
