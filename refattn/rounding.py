@@ -159,7 +159,8 @@ class Bounded(Arithmetic):
         self, one: One, do: Any, dlse: Any
     ) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
         """Return the gradients of exact attention with the definition's rounding: B4 for `refattn.softmax.vjp`."""
-        return _backward(one, Bounded.lift(do), Bounded.lift(np.zeros(self.shape[0]) if dlse is None else dlse))
+        with np.errstate(over="ignore", invalid="ignore"):  # where nothing is known `wide` is infinite
+            return _backward(one, Bounded.lift(do), Bounded.lift(np.zeros(self.shape[0]) if dlse is None else dlse))
 
     def linear_forward(self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float) -> Bounded:
         """Return linear attention, in any of its orders: parallel, chunked, recurrent (X1)."""

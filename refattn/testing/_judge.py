@@ -63,7 +63,7 @@ def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLik
     if not (np.isfinite(b).all() and (b >= 0).all()):
         raise ValueError("bound holds numbers that are negative or not finite: it allows nothing or anything")
     truth, error = _distance(a, expected)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         ratio = np.where(error <= b, np.where(b > 0, error / b, 0.0), np.where(b > 0, error / b, np.inf))
     ratio = np.where(np.isnan(error), np.inf, ratio)
     worst = np.unravel_index(int(ratio.argmax()), a.shape)
