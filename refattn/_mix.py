@@ -17,7 +17,7 @@ def mix(w: NDArray[Any], v: NDArray[Any], seen: NDArray[np.bool_] | None) -> NDA
         return w @ v
     out = w[:, ~bad] @ v[~bad]
     for j in np.flatnonzero(bad & seen.any(axis=0)):
-        out += np.where(seen[:, j, None], w[:, j, None] * v[j], 0.0)
+        out += w[:, j, None] * np.where(seen[:, j, None], v[j], 0.0)
     return out
 
 
