@@ -9,12 +9,13 @@ the definition's order of operations: logits, one subtraction of the row maximum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from refattn import _check
 from refattn.arithmetic import Arithmetic
 from refattn.bias import Bias, Table
 from refattn.engines import One
@@ -212,6 +213,54 @@ def _errors(answer: Any) -> Any:
         parts = [_errors(x) for x in answer]
         return type(answer)(*parts) if hasattr(answer, "_fields") else tuple(parts)
     return answer
+
+
+def claim_evaluation(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, drawn: Sequence[ArrayLike] = (), scale: float | None = None
+) -> Array:
+    r"""Return how far the float64 value of a claim may be below the claim, beside what õ in it costs.
+
+    Claims are made of numbers like logits (dot products of a query with keys or with projected keys, logarithms of
+    counts, of sums of exponentials and of sums of positive features), of functions of their differences with
+    slope at most ¼ (tanh of a quarter span, the logistic function) or of their softmax, and of products of these
+    with values. With X the largest absolute row sum of a drawn array (0 without) and n ≥ the roundings that touch
+    any term, a number like a logit is off by at most
+
+    .. math:: \varepsilon_i = \gamma_n \big(|\sigma| (1 + X) \textstyle\sum_c |q_{ic}| \max_j |k_{jc}|
+              + \max_c |q_{ic}| + \max_{jc} |k_{jc}| + \ln S + 1\big),
+
+    so a span by 2ε and tanh(span/4) or a mass by ε/2 + γ_n; weights p̂ by ε in absolute sum. These multiply values
+    or their differences, at most 2(1 + X) max|v|; the sums add γ_n of that. What linear attention's `eps` takes from
+    õ is at most max|v|, and 3γ_n of that covers its rounding. The total is at most
+
+    .. math:: 4 (1 + X) (\varepsilon_i + \gamma_n) \max_j |v_{jc}|
+
+    Parameters
+    ----------
+    q, k, v : (T, D), (S, D), (S, E)
+        As the claim's verb was given them, without leading axes.
+    drawn : sequence of (r, S)
+        The arrays that the method draws.
+    scale : float, optional
+        σ; the real number 1/√D unless given.
+
+    Returns
+    -------
+    (T, E) of float64
+
+    Examples
+    --------
+    >>> x = [[0.5], [1.0]]
+    >>> claim_evaluation(x, x, x).shape
+    (2, 1)
+    """
+    q, k, v = (np.abs(np.asarray(x, np.float64)) for x in (q, k, v))
+    sums = [np.abs(np.asarray(x, np.float64)).sum(axis=1) for x in drawn]
+    stretch = 1 + max((float(x.max(initial=0.0)) for x in sums), default=0.0)
+    n, S = q.shape[1] + len(k) + max(map(len, sums), default=0) + 32, max(len(k), 1)
+    size = abs(_check.scale(scale, q.shape[1])) * stretch * (q @ k.max(axis=0, initial=0.0))
+    size = size + q.max(axis=1, initial=0.0) + k.max(initial=0.0) + math.log(S) + 1
+    return 4 * stretch * gamma(n) * (size + 1)[:, None] * v.max(axis=0, initial=0.0)
 
 
 class _Rows:
