@@ -425,5 +425,19 @@ def test_a_tile_of_rows_reads_only_the_keys_that_it_sees(monkeypatch):
     assert sum(touched) <= 512 * (softmax.TILE_ROWS + 4)
 
 
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(3, 0)], ids=str)
+def test_no_tile_is_larger_than_agreed_unless_one_row_is(monkeypatch, mask):
+    sizes, tile = [], softmax._tile
+    monkeypatch.setattr(softmax, "TILE_PAIRS", 12)
+    monkeypatch.setattr(
+        softmax,
+        "_tile",
+        lambda one, rows, keys, seen: sizes.append((len(rows), len(keys))) or tile(one, rows, keys, seen),
+    )
+    softmax.attend(*drawn(19, (9, 1), (9, 1), (9, 1)), mask=mask)
+    assert sum(rows for rows, _ in sizes) == 9
+    assert all(rows == 1 or rows * keys <= 12 for rows, keys in sizes)
+
+
 def test_costs_count_the_pairs_that_are_seen():
     assert softmax.cost(4, 4, 3, 5, mask=masks.causal()) == (10, 160, 512)
