@@ -106,11 +106,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start with an empty table."""
     reference = tomllib.loads((Path(__file__).parent / "proofs" / "reference.toml").read_text(encoding="utf-8"))
     config.stash[TIGHTNESS] = Tightness(reference)
-    config.stash[CELLS] = {}
+    config.stash[CELLS] = Cells()
 
 
 TIGHTNESS = pytest.StashKey[Tightness]()
-CELLS = pytest.StashKey[dict[tuple[str, str], float]]()
+
+
+class Cells(dict[tuple[str, str], float]):
+    """The laws that were run, (method, law), each with the largest error / bound that it met."""
+
+    def __repr__(self) -> str:
+        """Stay short in a failing test's report."""
+        return f"<{len(self)} cells>"
+
+
+CELLS = pytest.StashKey[Cells]()
 
 
 @pytest.fixture(scope="session")
@@ -120,8 +130,8 @@ def tight(pytestconfig: pytest.Config) -> Tightness:
 
 
 @pytest.fixture(scope="session")
-def cells(pytestconfig: pytest.Config) -> dict[tuple[str, str], float]:
-    """Hold the cells (method, law) that were run, each with the largest error / bound that it met."""
+def cells(pytestconfig: pytest.Config) -> Cells:
+    """Collect the laws that are run."""
     return pytestconfig.stash[CELLS]
 
 

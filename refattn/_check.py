@@ -40,6 +40,31 @@ def array(name: str, value: Any, axes: str) -> NDArray[Any]:
     return x
 
 
+def qkv(q: Any, k: Any, v: Any = None) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Check queries, keys and values; without v, what is asked for is the weights.
+
+    Other arithmetics get the weights as the answer to v = I; float64 has them at hand and needs no values.
+    """
+    q, k = array("q", q, "T D"), array("k", k, "S D")
+    if v is None:
+        none: Any = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else k[..., :0]
+        v = none
+    v = array("v", v, "S E")
+    if q.shape[-1] < 1:
+        raise ValueError("q has depth D = 0; expected at least 1")
+    size("k", k.shape[-1], q.shape[-1], "D", "q")
+    size("v", v.shape[-2], k.shape[-2], "S", "k")
+    return q, k, v
+
+
+def cotangent(name: str, value: Any, axes: str, expected: tuple[int, ...], like: str) -> NDArray[Any]:
+    """Check a cotangent: it has the shape of what it is the cotangent of."""
+    x = array(name, value, axes)
+    if x.shape != expected:
+        raise ValueError(f"{name} has shape {x.shape}; expected {like}, {expected}")
+    return x
+
+
 def widened(x: NDArray[Any]) -> NDArray[Any]:
     """Return an array in float64, exactly; another arithmetic as it is."""
     return x if isinstance(x, Arithmetic) else np.asarray(x, np.float64)

@@ -1,4 +1,4 @@
-"""The only weighted sum: what a pair does not see never reaches it, forward and backward."""
+"""The only weighted sum, and the tiles in which T×S is visited: never all of it at once."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+TILE_PAIRS = 2**20
 
 
 def mix(w: NDArray[Any], v: NDArray[Any], seen: NDArray[np.bool_] | None) -> NDArray[np.float64]:
@@ -26,3 +28,8 @@ def rows_of(x: NDArray[Any], index: NDArray[np.intp]) -> NDArray[np.float64]:
     if len(index) and index[-1] - index[0] + 1 == len(index):
         return np.asarray(x[index[0] : index[-1] + 1], dtype=np.float64)
     return np.asarray(x[index], dtype=np.float64)
+
+
+def tiles(rows: NDArray[np.intp], width: int) -> list[NDArray[np.intp]]:
+    """Split rows so that a block of them, `width` wide, stays small."""
+    return np.array_split(rows, max(1, min(len(rows), len(rows) * width // TILE_PAIRS)))

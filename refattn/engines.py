@@ -149,23 +149,16 @@ def problem(
     k: ArrayLike,
     v: ArrayLike | None,
     *,
-    bias: _bias.Bias | ArrayLike | None,
-    sink: ArrayLike | None,
-    softcap: float | None,
-    order: Order,
-    mask: masks.Mask | masks.Pairs | ArrayLike | None,
-    scale: float | None,
+    bias: _bias.Bias | ArrayLike | None = None,
+    sink: ArrayLike | None = None,
+    softcap: float | None = None,
+    order: Order = "softcap, bias",
+    mask: masks.Mask | masks.Pairs | ArrayLike | None = None,
+    scale: float | None = None,
 ) -> Problem:
     """Check a call once and return it as a `Problem`; without v, what is asked for is the weights."""
-    q, k = _check.array("q", q, "T D"), _check.array("k", k, "S D")
-    if v is None:
-        v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else k[..., :0]
-    v = _check.array("v", v, "S E")
-    T, S, D = q.shape[-2], k.shape[-2], q.shape[-1]
-    if D < 1:
-        raise ValueError("q has depth D = 0; expected at least 1")
-    _check.size("k", k.shape[-1], D, "D", "q")
-    _check.size("v", v.shape[-2], S, "S", "k")
+    q, k, v = _check.qkv(q, k, v)
+    T, S = q.shape[-2], k.shape[-2]
     if scale is not None:
         scale = _check.finite("scale", scale)
     if softcap is not None:
@@ -198,8 +191,6 @@ def find(engine: str, backend: Backend) -> ModuleType:
     Unsupported
         A backend that has no such engine.
     """
-    if not isinstance(backend.name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"backend is {backend.name!r}; expected a name or a Backend")
     package = BUILT_IN.get(backend.name)
     if package is None:
         from importlib.metadata import entry_points
@@ -222,4 +213,23 @@ def find(engine: str, backend: Backend) -> ModuleType:
 
 def choose(backend: str | Backend) -> Backend:
     """Return a backend by name or as it is."""
+    if not isinstance(backend, (str, Backend)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"backend is {backend!r}; expected a name or a Backend")
     return backend if isinstance(backend, Backend) else Backend(backend)
+
+
+def ask(engine: str, verb: str, backend: Backend, problem: Any, *more: Any) -> Any:
+    """Have a backend's engine answer a problem, or refuse it.
+
+    Raises
+    ------
+    Unsupported
+        The backend's own reason, or a verb that its engine does not have.
+    """
+    module = find(engine, backend)
+    if not hasattr(module, verb):
+        raise Unsupported(f"backend {backend.name!r} has no {verb} for {engine}")
+    reason = module.refuses(problem, backend)
+    if reason:
+        raise Unsupported(f"backend {backend.name!r}: {reason}")
+    return getattr(module, verb)(problem, *more, backend)

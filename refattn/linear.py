@@ -22,146 +22,133 @@ from refattn.arithmetic import Arithmetic
 from refattn.heads import Leads, leads, matrix
 
 CHUNK = 128
-Feature = Any
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 class State(NamedTuple):
     """What the past leaves behind: s = Σ φ(k) vᵀ, (..., r, E), and z = Σ φ(k), (..., r)."""
 
-    s: NDArray[np.float64]
-    z: NDArray[np.float64]
+    s: Any
+    z: Any
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
-    """One checked linear problem. `feature_map` has `of(x)` and `vjp(dphi, x)`; see `refattn.kernel.FeatureMap`."""
+    """One checked linear problem.
+
+    Row i of `ends`, which has the mask's leading axes, sees that many of the first keys. `feature_map` has ``of(x)``
+    and ``vjp(dphi, x)``; see `refattn.kernel.FeatureMap`. `state` is what came before the first key.
+    """
 
     q: Any
     k: Any
     v: Any
-    feature_map: Feature
-    pairs: masks.Pairs | None
+    feature_map: Any
+    ends: Ints
     eps: float
+    state: State | None
     leads: Leads
 
     @property
-    def sizes(self) -> tuple[int, int, int]:
-        """T, S, E."""
-        return self.q.shape[-2], self.k.shape[-2], self.v.shape[-1]
+    def sizes(self) -> tuple[int, int, int, int]:
+        """T, S, r, E."""
+        features = self.feature_map.of(np.zeros((1, self.q.shape[-1]))).shape[-1]
+        return self.q.shape[-2], self.k.shape[-2], features, self.v.shape[-1]
 
     def seen(self) -> NDArray[np.bool_]:
-        """Return which pairs are seen, for a problem without leading axes."""
-        T, S, _ = self.sizes
-        return np.ones((T, S), bool) if self.pairs is None else self.pairs.seen(np.arange(T), np.arange(S))
+        """Return which pairs are seen, (T, S), for a problem without leading axes."""
+        S = int(self.k.shape[-2])
+        return np.arange(S) < self.ends[:, None]
 
-    def ends(self, n: int) -> NDArray[np.int64]:
-        """Return how many of the first keys each row of problem n sees."""
-        T, S, _ = self.sizes
-        if self.pairs is None:
-            return np.full(T, S)
-        pairs, ends = self.pairs.take(int(self.leads.of["mask"][n])), np.zeros(T, np.int64)
-        for first in range(0, T, 4096):
-            rows = slice(first, min(first + 4096, T))
-            runs = pairs.runs(rows)
-            each = np.diff(runs.indptr)
-            if (each > 1).any() or runs.start.any():
-                raise ValueError(_PREFIX)
-            ends[rows][each == 1] = runs.stop
-        if (np.diff(ends) < 0).any():
-            raise ValueError(_PREFIX)
-        return ends
+    def one(self, n: int) -> tuple[Any, Any, Any, Ints]:
+        """Return q, k, v and the ends of problem n, as views."""
+        of = self.leads.of
+        q, k, v = (matrix(x, of[s][n]) for s, x in (("q", self.q), ("k", self.k), ("v", self.v)))
+        return q, k, v, self.ends[np.unravel_index(of["mask"][n], self.ends.shape[:-1])]
 
 
-_PREFIX = (
-    "mask is not one that linear attention can use; expected rows that see the first keys, and never fewer than the "
-    "row before (none, causal, lengths, prefix and their unions)"
-)
-
-
-def problem(q: ArrayLike, k: ArrayLike, v: ArrayLike | None, *, feature_map: Feature, eps: float, mask: Any) -> Problem:
+def problem(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike | None,
+    *,
+    feature_map: Any,
+    eps: float,
+    mask: Any = None,
+    state: State | None = None,
+) -> Problem:
     """Check a call once; without v, what is asked for is the weights."""
-    q, k = _check.array("q", q, "T D"), _check.array("k", k, "S D")
-    if v is None:
-        v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else k[..., :0]
-    v = _check.array("v", v, "S E")
-    _check.size("k", k.shape[-1], q.shape[-1], "D", "q")
-    _check.size("v", v.shape[-2], k.shape[-2], "S", "k")
+    q, k, v = _check.qkv(q, k, v)
     if not (hasattr(feature_map, "of") and hasattr(feature_map, "vjp")):
         raise TypeError(f"feature_map is {feature_map!r}; expected a refattn.kernel.FeatureMap")
     if _check.finite("eps", eps) < 0:
         raise ValueError(f"eps is {eps}; expected at least 0")
-    pairs = masks.bind(mask, q.shape[-2], k.shape[-2])
-    queries = {"q": q.shape[:-2]} | ({} if pairs is None else {"mask": pairs.lead})
-    joined = leads(queries, {"k": k.shape[:-2], "v": v.shape[:-2]})
-    return Problem(q=q, k=k, v=v, feature_map=feature_map, pairs=pairs, eps=float(eps), leads=joined)
-
-
-def forward(call: Problem, backend: engines.Backend, state: State | None = None) -> tuple[Any, State | None]:
-    """Return the output, and the state after the last key where one was given or T = S = 0 started one."""
-    phi = call.feature_map.of
-    if isinstance(call.q, Arithmetic):
-        return call.q.linear_forward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps), None
-    if backend.name != "numpy":
-        return engines.find("linear", backend).forward(call, backend, state)
-    (T, _, E), lead = call.sizes, call.leads.shape
-    o = np.zeros((*lead, T, E))
-    r = phi(np.zeros((1, call.q.shape[-1]))).shape[-1]
-    after = State(np.zeros((*lead, r, E)), np.zeros((*lead, r)))
+    T, S = q.shape[-2], k.shape[-2]
+    pairs = masks.bind(mask, T, S)
+    ends = np.full(T, S) if pairs is None else masks.prefix_ends(pairs)
+    if ends is None:
+        raise ValueError(
+            "mask is not one that linear attention can use; expected rows that see the first keys, and never fewer "
+            "than the row before (none, causal, lengths, prefix and their unions)"
+        )
+    joined = leads({"q": q.shape[:-2], "mask": ends.shape[:-1]}, {"k": k.shape[:-2], "v": v.shape[:-2]})
+    call = Problem(q=q, k=k, v=v, feature_map=feature_map, ends=ends, eps=float(eps), state=state, leads=joined)
     if state is not None:
-        after = State(np.broadcast_to(state.s, after.s.shape).copy(), np.broadcast_to(state.z, after.z.shape).copy())
-    for n in range(math.prod(lead)):
-        at = np.unravel_index(n, lead)
-        carried = np.c_[after.s[at], after.z[at]]
-        carried = _sweep(call, n, carried, matrix(o, n), state is not None)[0]
+        _, _, r, E = call.sizes
+        for name, x, shape in (("state.s", state.s, (*joined.shape, r, E)), ("state.z", state.z, (*joined.shape, r))):
+            if np.shape(x) != shape:
+                raise ValueError(f"{name} has shape {np.shape(x)}; expected {shape}")
+    return call
+
+
+def forward(call: Problem, backend: engines.Backend) -> tuple[Any, State]:
+    """Return the output, and the state after the last key that the last row sees."""
+    phi, (T, _, r, E), lead = call.feature_map.of, call.sizes, call.leads.shape
+    if isinstance(call.q, Arithmetic):
+        o = call.q.linear_forward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps)
+        return o, State(None, None)
+    if backend.name != "numpy":
+        return engines.ask("linear", "forward", backend, call)
+    before = call.state or State(np.zeros((*lead, r, E)), np.zeros((*lead, r)))
+    o, after = np.zeros((*lead, T, E)), State(np.array(before.s, np.float64), np.array(before.z, np.float64))
+    for at in np.ndindex(lead):
+        n = int(np.ravel_multi_index(at, lead)) if lead else 0
+        carried = _sweep(call, n, np.c_[after.s[at], after.z[at]], o[at])[0]
         after.s[at], after.z[at] = carried[:, :-1], carried[:, -1]
     return o, after
 
 
 def backward(call: Problem, do: Any, backend: engines.Backend) -> tuple[Any, Any, Any]:
     """Return gradients with respect to q, k and v."""
-    (T, _, E), lead, of = call.sizes, call.leads.shape, call.leads.of
-    do = _check.array("do", do, "T E")
-    if do.shape != (*lead, T, E):
-        raise ValueError(f"do has shape {do.shape}; expected the output's, {(*lead, T, E)}")
+    (T, _, r, E), lead, of = call.sizes, call.leads.shape, call.leads.of
+    do = _check.cotangent("do", do, "T E", (*lead, T, E), "the output's shape")
     phi, pull = call.feature_map.of, call.feature_map.vjp
     if isinstance(call.q, Arithmetic):
         to_q, to_k, dv = call.q.linear_backward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps, do)
         return pull(to_q, call.q), pull(to_k, call.k), dv
     if backend.name != "numpy":
-        return engines.find("linear", backend).backward(call, do, backend)
+        return engines.ask("linear", "backward", backend, call, do)
     dq, dk, dv = np.zeros(call.q.shape), np.zeros(call.k.shape), np.zeros(call.v.shape)
     for n in range(math.prod(lead)):
-        r = phi(np.zeros((1, call.q.shape[-1]))).shape[-1]
         into = (matrix(x, of[name][n]) for name, x in (("q", dq), ("k", dk), ("v", dv)))
         _reverse(call, n, np.zeros((r, E + 1)), matrix(do, n), *into)
     return dq, dk, dv
 
 
-def _ones(v: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ones(v: Array) -> Array:
     """Append the column of ones whose weighted sum is the normaliser."""
     return np.concatenate([v, np.ones((len(v), 1))], axis=1)
-
-
-def _operands(call: Problem, n: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    of = call.leads.of
-    return matrix(call.q, of["q"][n]), matrix(call.k, of["k"][n]), matrix(call.v, of["v"][n])
 
 
 def _spans(first: int, last: int) -> list[NDArray[np.intp]]:
     return [np.arange(a, min(a + CHUNK, last)) for a in range(first, last, CHUNK)]
 
 
-def _sweep(
-    call: Problem,
-    n: int,
-    state: NDArray[np.float64],
-    o: NDArray[np.float64],
-    started: bool,
-    do: NDArray[Any] | None = None,
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def _sweep(call: Problem, n: int, state: Array, o: Array, do: Any = None) -> tuple[Array, Array, Array]:
     """Fill o from first row to last; with `do`, also return g = (do/den, −do·o/den) and the gradient of φ(q)."""
-    (q, k, v), phi, ends = _operands(call, n), call.feature_map.of, call.ends(n)
-    T, S, E = len(q), len(k), v.shape[1]
+    (q, k, v, ends), phi = call.one(n), call.feature_map.of
+    T, E = len(q), v.shape[1]
     g = np.zeros((0 if do is None else T, E + 1))
     dphi = np.zeros((0 if do is None else T, len(state)))
     done = 0
@@ -173,7 +160,7 @@ def _sweep(
         seen = keys < ends[rows][:, None]
         fq, fk, vk = phi(rows_of(q, rows)), phi(rows_of(k, keys)), _ones(rows_of(v, keys))
         both = fq @ state + mix(np.where(seen, fq @ fk.T, 0.0), vk, seen)
-        sees = (ends[rows] > 0)[:, None] | started
+        sees = (ends[rows] > 0)[:, None]
         den = np.where(sees, both[:, -1:] + call.eps, 1.0)
         o[rows] = np.where(sees, both[:, :-1] / den, 0.0)
         if do is not None:
@@ -183,60 +170,29 @@ def _sweep(
         if last > first:
             state = state + fk.T @ vk
         done = last
-    for keys in _spans(done, S) if started else ():
-        state = state + phi(rows_of(k, keys)).T @ _ones(rows_of(v, keys))
     return state, g, dphi
 
 
-def _reverse(
-    call: Problem,
-    n: int,
-    state: NDArray[np.float64],
-    do: NDArray[Any],
-    dq: NDArray[np.float64],
-    dk: NDArray[np.float64],
-    dv: NDArray[np.float64],
-) -> None:
+def _reverse(call: Problem, n: int, state: Array, do: Any, dq: Array, dk: Array, dv: Array) -> None:
     """Add the gradients of one problem, from last row to first."""
-    (q, k, v), ends = _operands(call, n), call.ends(n)
-    phi, pull = call.feature_map.of, call.feature_map.vjp
-    _, g, dphi = _sweep(call, n, state, np.zeros((len(q), v.shape[1])), False, do)
-    for rows in _spans(0, len(q)):
-        dq[rows] += np.where((ends[rows] > 0)[:, None], pull(dphi[rows], rows_of(q, rows)), 0.0)
+    (q, k, v, ends), phi, pull = call.one(n), call.feature_map.of, call.feature_map.vjp
+    _, g, dphi = _sweep(call, n, state, np.zeros((len(q), v.shape[1])), do)
     later = np.zeros_like(state)
+
+    def pull_keys(keys: NDArray[np.intp], fq: Array, g: Array, seen: NDArray[np.bool_]) -> None:
+        """Add what all later rows, and these, send to these keys."""
+        x, vk = rows_of(k, keys), _ones(rows_of(v, keys))
+        fk = phi(x)
+        dv[keys] += (fk @ later + mix(np.where(seen, fq @ fk.T, 0.0).T, g, seen.T))[:, :-1]
+        dk[keys] += pull(vk @ later.T + mix(np.where(seen, g @ vk.T, 0.0).T, fq, seen.T), x)
+
     for rows in reversed(_spans(0, len(q))):
         first, last = int(ends[rows[0]]), int(ends[rows[-1]])
-        before = int(ends[rows[0] - 1]) if rows[0] else 0
-        fq = np.where((ends[rows] > 0)[:, None], phi(rows_of(q, rows)), 0.0)
-        keys = np.arange(first, last)
-        seen = keys < ends[rows][:, None]
-        _pull_keys(k, v, keys, later, dk, dv, phi, pull, fq, g[rows], seen)
+        before, sees = int(ends[rows[0] - 1]) if rows[0] else 0, (ends[rows] > 0)[:, None]
+        x = rows_of(q, rows)
+        dq[rows] += np.where(sees, pull(dphi[rows], x), 0.0)
+        fq, keys = np.where(sees, phi(x), 0.0), np.arange(first, last)
+        pull_keys(keys, fq, g[rows], keys < ends[rows][:, None])
         later = later + fq.T @ g[rows]
         for keys in reversed(_spans(before, first)):
-            _pull_keys(k, v, keys, later, dk, dv, phi, pull)
-
-
-def _pull_keys(
-    k: NDArray[Any],
-    v: NDArray[Any],
-    keys: NDArray[np.intp],
-    later: NDArray[np.float64],
-    dk: NDArray[np.float64],
-    dv: NDArray[np.float64],
-    phi: Any,
-    pull: Any,
-    fq: NDArray[np.float64] | None = None,
-    g: NDArray[np.float64] | None = None,
-    seen: NDArray[np.bool_] | None = None,
-) -> None:
-    """Add what later rows, and the chunk's own rows where given, send to these keys."""
-    if len(keys) == 0:
-        return
-    x, vk = rows_of(k, keys), _ones(rows_of(v, keys))
-    fk = phi(x)
-    to_v, to_fk = fk @ later, vk @ later.T
-    if fq is not None and g is not None and seen is not None:
-        to_v = to_v + mix(np.where(seen, fq @ fk.T, 0.0).T, g, seen.T)
-        to_fk = to_fk + mix(np.where(seen, g @ vk.T, 0.0).T, fq, seen.T)
-    dv[keys] += to_v[:, :-1]
-    dk[keys] += pull(to_fk, x)
+            pull_keys(keys, fq[:0], g[:0], np.zeros((0, len(keys)), bool))

@@ -11,6 +11,7 @@ Here are the constructors and, below them, the leaves that they make; what all m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -243,6 +244,25 @@ def bind(mask: Mask | Pairs | ArrayLike | None, T: int, S: int) -> Pairs | None:
             raise ValueError(f"mask is bound to T = {mask.T}, S = {mask.S}; expected T = {T}, S = {S}")
         return mask
     return (mask if isinstance(mask, Mask) else dense(mask)).on(T, S)
+
+
+def prefix_ends(pairs: Pairs) -> Ints | None:
+    """Return how many of the first keys each row sees, (..., T), where that says it all and never falls; else None.
+
+    >>> print(prefix_ends(causal().on(2, 3)))
+    [2 3]
+    """
+    ends = np.zeros((math.prod(pairs.lead), pairs.T), np.int64)
+    for n, own in enumerate(ends):
+        one = pairs.take(n)
+        for first in range(0, pairs.T, 4096):
+            runs = one.runs(slice(first, first + 4096))
+            each = np.diff(runs.indptr)
+            if (each > 1).any() or runs.start.any():
+                return None
+            own[first : first + 4096][each == 1] = runs.stop
+    falls = (np.diff(ends, axis=1) < 0).any()
+    return None if falls else ends.reshape(*pairs.lead, pairs.T)
 
 
 def meet(mask: Mask | Pairs | ArrayLike | None, pattern: Mask) -> Mask:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, masks
-from refattn._mix import mix, rows_of
+from refattn._mix import TILE_PAIRS, mix, rows_of
 from refattn.arithmetic import Arithmetic
 from refattn.bias import Bias, Table
 from refattn.engines import Backend, One, Order, Problem
@@ -58,7 +58,6 @@ METHOD = Method(
 Bools = NDArray[np.bool_]
 
 TILE_ROWS = 64
-TILE_PAIRS = 2**20
 
 
 class Gradients(NamedTuple):
@@ -245,21 +244,14 @@ def vjp(
     """
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     T, _, _, E = call.sizes
-    do = _check.array("do", do, "T E")
-    if do.shape != (*call.leads.shape, T, E):
-        raise ValueError(f"do has shape {do.shape}; expected the output's, {(*call.leads.shape, T, E)}")
+    do = _check.cotangent("do", do, "T E", (*call.leads.shape, T, E), "the output's shape")
     if dlse is not None:
-        dlse = _check.array("dlse", dlse, "T")
-        if dlse.shape != (*call.leads.shape, T):
-            raise ValueError(f"dlse has shape {dlse.shape}; expected lse's, {(*call.leads.shape, T)}")
+        dlse = _check.cotangent("dlse", dlse, "T", (*call.leads.shape, T), "lse's shape")
     chosen = engines.choose(backend)
     if isinstance(call.q, Arithmetic):
         return Gradients(*call.q.softmax_backward(call.one(0), do, dlse))
     if chosen.name != "numpy":
-        module = engines.find("softmax", chosen)
-        if not hasattr(module, "backward"):
-            raise engines.Unsupported(f"backend {chosen.name!r} has no gradients for softmax")
-        return module.backward(call, do, dlse, chosen)
+        return engines.ask("softmax", "backward", chosen, call, do, dlse)
     out = _backward(call, do, dlse)
     return out if out.bias is None or isinstance(bias, Bias) else out._replace(bias=out.bias.reshape(np.shape(bias)))
 
@@ -293,11 +285,7 @@ def _forward(call: Problem, backend: Backend) -> Partial:
     if isinstance(call.q, Arithmetic):
         return Partial(*call.q.softmax_forward(call.one(0)))
     if backend.name != "numpy":
-        module = engines.find("softmax", backend)
-        reason = module.refuses(call, backend)
-        if reason:
-            raise engines.Unsupported(f"backend {backend.name!r}: {reason}")
-        return module.forward(call, backend)
+        return engines.ask("softmax", "forward", backend, call)
     T, _, _, E = call.sizes
     o, lse = np.zeros((*call.leads.shape, T, E)), np.full((*call.leads.shape, T), -np.inf)
     flat_lse = lse.reshape(math.prod(call.leads.shape), T)

@@ -10,18 +10,20 @@ is another attention rather than an approximation of softmax: only `bound`, eval
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, linear, perturbation
+from refattn._mix import tiles
 from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel._feature_map import FeatureMap, elu_plus_one
 from refattn.linear import State
-from refattn.masks import Mask, Pairs
+from refattn.masks import Mask, Pairs, causal
 from refattn.method import Claim, Cost, Method, Option
 
 METHOD = Method(
@@ -117,14 +119,14 @@ def weights(
     array([[0.333, 0.667]])
     """
     call = linear.problem(q, k, None, feature_map=feature_map, eps=eps, mask=mask)
-    phi, (T, S, _), of = feature_map.of, call.sizes, call.leads.of
     if isinstance(call.q, Arithmetic):
         return linear.forward(call, Backend("numpy"))[0]
+    T, S, _, _ = call.sizes
     p = np.zeros((*call.leads.shape, T, S))
-    for n in range(int(np.prod(call.leads.shape))):
-        seen = np.arange(S) < call.ends(n)[:, None]
-        fq, fk = (phi(np.asarray(matrix(x, of[name][n]), np.float64)) for name, x in (("q", call.q), ("k", call.k)))
-        kappa = np.where(seen, fq @ fk.T, 0.0)
+    for n in range(math.prod(call.leads.shape)):
+        x, y, _, ends = call.one(n)
+        seen = np.arange(S) < ends[:, None]
+        kappa = np.where(seen, feature_map.of(_check.widened(x)) @ feature_map.of(_check.widened(y)).T, 0.0)
         some = seen.any(axis=1, keepdims=True)
         matrix(p, n)[:] = np.where(some, kappa / np.where(some, kappa.sum(axis=1, keepdims=True) + eps, 1.0), 0.0)
     return p
@@ -177,21 +179,9 @@ def step(
     >>> linear_transformer.step(state, [[0.0]], [[0.0]], [[3.0]])[0]
     array([[2.]])
     """
-    from refattn.masks import causal
-
-    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=causal())
-    T, S, E = call.sizes
-    _check.size("k", S, T, "S", "q's T")
-    r = feature_map.of(np.zeros((1, call.q.shape[-1]))).shape[-1]
-    lead = call.leads.shape
-    if state is None:
-        state = State(np.zeros((*lead, r, E)), np.zeros((*lead, r)))
-    for name, x, shape in (("state.s", state.s, (*lead, r, E)), ("state.z", state.z, (*lead, r))):
-        if np.shape(x) != shape:
-            raise ValueError(f"{name} has shape {np.shape(x)}; expected {shape}")
-    o, after = linear.forward(call, engines.choose(backend), state)
-    assert after is not None
-    return o, after
+    call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=causal(), state=state)
+    _check.size("k", call.k.shape[-2], call.q.shape[-2], "S", "q's T")
+    return linear.forward(call, engines.choose(backend))
 
 
 def bound(
@@ -231,12 +221,11 @@ def bound(
     array([[0.]])
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
-    sigma, of = _check.scale(scale, call.q.shape[-1]), call.leads.of
-    o = np.asarray(linear.forward(call, Backend("numpy"))[0])
+    sigma = _check.scale(scale, call.q.shape[-1])
+    o = linear.forward(call, Backend("numpy"))[0]
     out = np.zeros_like(o)
-    for n in range(int(np.prod(call.leads.shape))):
-        q, k, v = (_check.widened(matrix(x, of[s][n])) for s, x in (("q", call.q), ("k", call.k), ("v", call.v)))
-        _bound(matrix(out, n), matrix(o, n), q, k, v, call.ends(n), call, sigma)
+    for n in range(math.prod(call.leads.shape)):
+        matrix(out, n)[:] = _bound(call, n, matrix(o, n), sigma)
     return out
 
 
@@ -298,23 +287,15 @@ def cost(
     return Cost(pairs=0, flops=2 * (T + S) * r * (E + 1), bytes=8 * (T * (D + E) + S * (D + E)))
 
 
-def _bound(
-    out: NDArray[np.float64],
-    o: NDArray[np.float64],
-    q: NDArray[np.float64],
-    k: NDArray[np.float64],
-    v: NDArray[np.float64],
-    ends: NDArray[np.int64],
-    call: linear.Problem,
-    sigma: float,
-) -> None:
-    """Fill the bound of one problem, a tile at a time; rows that see nothing keep their 0."""
-    phi, live = call.feature_map.of, np.flatnonzero(ends)
+def _bound(call: linear.Problem, n: int, o: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
+    """Return the bound of one problem; rows that see nothing are 0."""
+    q, k, v, ends = call.one(n)
+    q, k, v, phi = _check.widened(q), _check.widened(k), _check.widened(v), call.feature_map.of
+    out, live = np.zeros_like(o), np.flatnonzero(ends)
     if len(live) == 0:
-        return
-    fk = phi(k)
-    low, high = np.minimum.accumulate(v), np.maximum.accumulate(v)
-    for rows in np.array_split(live, max(1, len(live) * len(k) // 2**20)):
+        return out
+    fk, low, high = phi(k), np.minimum.accumulate(v), np.maximum.accumulate(v)
+    for rows in tiles(live, len(k)):
         seen = np.arange(len(k)) < ends[rows][:, None]
         kappa = phi(q[rows]) @ fk.T
         positive = seen & (kappa > 0)
@@ -327,3 +308,4 @@ def _bound(
         lo, hi, here = low[ends[rows] - 1], high[ends[rows] - 1], o[rows]
         claim = np.where(sure[:, None], tv * (hi - lo) + np.abs(here) * shrink, np.inf)
         out[rows] = np.minimum(claim, np.maximum(np.abs(here - lo), np.abs(hi - here)))
+    return out

@@ -11,12 +11,14 @@ weights softmax(σ Q (E K)ᵀ) F may be negative and need not sum to 1.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, perturbation, softmax
+from refattn._mix import tiles
 from refattn.engines import Backend
 from refattn.heads import leads, matrix, unbroadcast
 from refattn.method import Claim, Cost, Method, Option
@@ -46,7 +48,7 @@ METHOD = Method(
     masks="none",
     rows="any",
     permutable=True,
-    claims=(Claim(verb="bound", statement="L3"),),
+    claims=(Claim(verb="bound", statement="L4"), Claim(verb="bound", statement="L3")),
 )
 
 
@@ -103,8 +105,7 @@ def attend(
     >>> linformer.attend([[1.0]], [[0.0], [2.0]], [[1.0], [3.0]], mean, mean)
     array([[2.]])
     """
-    q, k, v = _inputs(q, k, v)
-    E, F = _projections(E, F, k)
+    q, k, v, E, F = _inputs(q, k, v, E, F)
     return softmax.attend(q, E @ k, F @ v, scale=scale, backend=backend)
 
 
@@ -117,8 +118,7 @@ def weights(
     >>> linformer.weights([[1.0]], [[0.0], [2.0]], [[0.5, 0.5]], [[1.0, -1.0]])
     array([[ 1., -1.]])
     """
-    q, k, _ = _inputs(q, k, k)
-    E, F = _projections(E, F, k)
+    q, k, _, E, F = _inputs(q, k, None, E, F)
     p = softmax.weights(q, E @ k, scale=scale)
     if F.ndim == 2:
         return p @ F
@@ -150,8 +150,7 @@ def vjp(
     >>> linformer.vjp([[1.0]], [[1.0]], [[0.0], [2.0]], [[1.0], [3.0]], [[0.5, 0.5]], [[0.5, 0.5]]).F
     array([[1., 3.]])
     """
-    q, k, v = _inputs(q, k, v)
-    E, F = _projections(E, F, k)
+    q, k, v, E, F = _inputs(q, k, v, E, F)
     g = softmax.vjp(do, q, E @ k, F @ v, scale=scale, backend=backend)
     return Gradients(
         g.q,
@@ -207,12 +206,12 @@ def fit(
     >>> [x.shape for x in linformer.fit(q, k, v, rank=2)]
     [(2, 6), (2, 6)]
     """
-    q, k, v = _inputs(q, k, v)
+    q, k, v = _check.qkv(q, k, v)
     rank = _check.integer("rank", rank, 1)
     P = softmax.weights(q, k, scale=scale)
     T, S = P.shape[-2:]
     joined = leads({"q": q.shape[:-2]}, {"k": k.shape[:-2]})
-    keys = int(np.prod(k.shape[:-2]))
+    keys = math.prod(k.shape[:-2])
     r = min(rank, S, T * len(joined.of["k"]) // max(1, keys))
     E, F = np.empty((*k.shape[:-2], r, S)), np.empty((*k.shape[:-2], r, S))
     for j in range(keys):
@@ -229,18 +228,24 @@ def fit(
 def bound(
     q: ArrayLike, k: ArrayLike, v: ArrayLike, E: ArrayLike, F: ArrayLike, *, scale: float | None = None
 ) -> NDArray[np.float64]:
-    r"""How far `attend` is from exact, unmasked softmax attention, at most (L3 with known p̂, elementwise).
+    r"""How far `attend` is from exact, unmasked softmax attention, at most (L3 and L4, elementwise).
 
-    Give each key the nearest projected key, g(j), so that every projected key has one; c_l keys chose l. Then
+    It is the least of three. L4: with the effective weights :math:`a_i = \hat p_i F` and exact ones :math:`p_i`,
+
+    .. math:: \tfrac12 \|a_i - p_i\|_1 \operatorname*{range}_j v_{jc} + \Big|\sum_j a_{ij} - 1\Big|
+              \cdot \tfrac12 \big|\max_j v_{jc} + \min_j v_{jc}\big|
+
+    L3, which does not look at exact weights: give each key the nearest projected key, g(j), so that every projected key
+    has one; c_l keys chose l. Then
 
     .. math::
         |\tilde o_{ic} - o_{ic}| \le \Big| \sum_l \hat p_{il} (\tilde v_{lc} - \bar v_{lc}) \Big|
         + \tanh\!\big(\tfrac14 \operatorname*{osc}_j \delta_{ij}\big) \operatorname*{range}_j v_{jc},
         \qquad \delta_{ij} = \sigma q_i \cdot (\tilde k_{g(j)} - k_j) - \ln c_{g(j)}
 
-    with :math:`\tilde k = E K`, :math:`\tilde v = F V` and :math:`\bar v_l` the mean value of the keys that chose l;
-    and never more than the distance from õ to the far end of the values' range, in which the exact output lies. With
-    more projections than keys only the latter is known. It reads every pair: O(T·S·D) time, a tile at a time.
+    with :math:`\tilde k = E K`, :math:`\tilde v = F V` and :math:`\bar v_l` the mean value of the keys that chose l; it
+    needs at most as many projections as keys. And the distance from õ to the far end of the values' range, in which the
+    exact output lies. It reads every pair: O(T·S·(D + r)) time, a tile at a time.
 
     Returns
     -------
@@ -254,22 +259,18 @@ def bound(
     >>> linformer.bound([[1.0]], [[1.0], [1.0]], [[2.0], [2.0]], same, same)
     array([[0.]])
     """
-    q, k, v = _inputs(q, k, v)
-    E, F = _projections(E, F, k)
+    q, k, v, E, F = _inputs(q, k, v, E, F)
     sigma = _check.scale(scale, q.shape[-1])
     o, kt, vt = attend(q, k, v, E, F, scale=scale), E @ k, F @ v
     phat = softmax.weights(q, kt, scale=scale)
     out = np.zeros(o.shape)
-    if v.shape[-2] == 0:
-        return np.abs(o)
     joined = leads(
         {"o": o.shape[:-2], "q": q.shape[:-2], "p": phat.shape[:-2]},
-        {name: x.shape[:-2] for name, x in (("k", k), ("v", v), ("kt", kt), ("vt", vt))},
+        {name: x.shape[:-2] for name, x in (("k", k), ("v", v), ("kt", kt), ("vt", vt), ("F", F))},
     )
-    named = {"o": o, "q": q, "p": phat, "k": k, "v": v, "kt": kt, "vt": vt}
-    for n in range(int(np.prod(joined.shape))):
-        x = {s: np.asarray(matrix(a, joined.of[s][n]), np.float64) for s, a in named.items()}
-        matrix(out, n)[:] = _bound(**x, sigma=sigma)
+    named = {"o": o, "q": _check.widened(q), "p": phat, "k": k, "v": v, "kt": kt, "vt": vt, "F": F}
+    for n in range(math.prod(joined.shape)):
+        matrix(out, n)[:] = _bound(**{s: matrix(x, joined.of[s][n]) for s, x in named.items()}, sigma=sigma)
     return out
 
 
@@ -284,22 +285,16 @@ def cost(T: int, S: int, D: int, E: int, *, rank: int) -> Cost:
     return Cost(pairs=T * rank, flops=flops, bytes=8 * (T * (D + E) + S * (D + E) + 2 * rank * S))
 
 
-def _inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> tuple[Array, Array, Array]:
-    """Check q, k and v; keys and values are widened, for the projections meet them first."""
-    q, k, v = _check.array("q", q, "T D"), _check.array("k", k, "S D"), _check.array("v", v, "S E")
-    _check.size("k", k.shape[-1], q.shape[-1], "D", "q")
-    _check.size("v", v.shape[-2], k.shape[-2], "S", "k")
-    return q, _check.widened(k), _check.widened(v)
-
-
-def _projections(E: ArrayLike, F: ArrayLike, k: Array) -> tuple[Array, Array]:
+def _inputs(q: Any, k: Any, v: Any, E: Any, F: Any) -> tuple[Array, Array, Array, Array, Array]:
+    """Check the arrays; keys, values and projections are widened, for they meet each other first."""
+    q, k, v = _check.qkv(q, k, v)
     E, F = _check.array("E", E, "r S"), _check.array("F", F, "r S")
     _check.size("E", E.shape[-1], k.shape[-2], "S", "k")
     _check.size("F", F.shape[-1], k.shape[-2], "S", "k")
     _check.size("F", F.shape[-2], E.shape[-2], "r", "E")
     if E.shape[-2] < 1:
         raise ValueError("E has r = 0; expected at least 1 projected key")
-    return _check.widened(E), _check.widened(F)
+    return q, _check.widened(k), _check.widened(v), _check.widened(E), _check.widened(F)
 
 
 def _groups(k: NDArray[np.float64], kt: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -316,25 +311,35 @@ def _groups(k: NDArray[np.float64], kt: NDArray[np.float64]) -> NDArray[np.intp]
 
 
 def _bound(
-    o: NDArray[np.float64],
-    q: NDArray[np.float64],
-    p: NDArray[np.float64],
-    k: NDArray[np.float64],
-    v: NDArray[np.float64],
-    kt: NDArray[np.float64],
-    vt: NDArray[np.float64],
-    sigma: float,
+    o: Array, q: Array, p: Array, k: Array, v: Array, kt: Array, vt: Array, F: Array, sigma: float
 ) -> NDArray[np.float64]:
-    low, high = v.min(axis=0), v.max(axis=0)
-    trivial = np.maximum(np.abs(o - low), np.abs(high - o))
-    if len(kt) > len(k):
+    """Return the bound of one problem: the least of L3, L4 and the distance to the end of the values' range."""
+    trivial = perturbation.trivial(v, o)
+    if len(k) == 0:
         return trivial
+    return np.minimum.reduce([trivial, _by_weights(q, p, k, v, F, sigma), _by_lift(q, p, k, v, kt, vt, sigma)])
+
+
+def _by_weights(q: Array, p: Array, k: Array, v: Array, F: Array, sigma: float) -> NDArray[np.float64]:
+    """L4: how far effective weights are from exact ones."""
+    gap, excess = np.empty((len(q), 1)), np.empty((len(q), 1))
+    for rows in tiles(np.arange(len(q)), len(k)):
+        a = p[rows] @ F
+        gap[rows] = np.abs(a - softmax.weights(q[rows], k, scale=sigma)).sum(axis=1, keepdims=True)
+        excess[rows] = np.abs(a.sum(axis=1, keepdims=True) - 1)
+    middle = np.abs(v.max(axis=0) / 2 + v.min(axis=0) / 2)
+    return gap / 2 * perturbation.spread(v) + excess * middle
+
+
+def _by_lift(q: Array, p: Array, k: Array, v: Array, kt: Array, vt: Array, sigma: float) -> NDArray[np.float64]:
+    """L3: how far keys are from the projected keys that they chose, and their values from the projected values."""
+    if len(kt) > len(k):
+        return np.full((len(q), v.shape[1]), np.inf)
     g = _groups(k, kt)
     counts = np.bincount(g, minlength=len(kt)).astype(np.float64)
-    members = np.zeros((len(kt), len(k)))
-    members[g, np.arange(len(k))] = 1.0 / counts[g]
-    moved = np.abs(p @ (vt - members @ v))
-    shift, seats = sigma * (kt[g] - k), np.log(counts)[g]
-    tiles = np.array_split(np.arange(len(q)), max(1, len(q) * len(k) // 2**20))
-    span = np.concatenate([np.ptp(q[rows] @ shift.T - seats, axis=1) for rows in tiles])
-    return np.minimum(moved + perturbation.tilt_total_variation(span)[:, None] * (high - low), trivial)
+    means = np.zeros((len(kt), len(k)))
+    means[g, np.arange(len(k))] = 1.0 / counts[g]
+    shift, seats = sigma * (kt[g] - k).T, np.log(counts)[g]
+    span = np.concatenate([np.ptp(q[rows] @ shift - seats, axis=1) for rows in tiles(np.arange(len(q)), len(k))])
+    tilt = perturbation.tilt_total_variation(span)[:, None] * perturbation.spread(v)
+    return np.abs(p @ (vt - means @ v)) + tilt

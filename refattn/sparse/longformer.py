@@ -44,6 +44,7 @@ METHOD = Method(
     },
     linear_in=("v", "v_global"),
     budget="window",
+    variants=({"tokens": (0,)},),
     masks="any",
     rows="stochastic",
     permutable=False,
@@ -154,9 +155,7 @@ def weights(
     """
     near, far = _masks(q, k, window, dilation, tokens, mask)
     q_far, k_far, _ = _global(q, k, k, q_global, k_global, None)
-    return Weights(
-        softmax.weights(q, k, mask=near, scale=scale), softmax.weights(q_far, k_far, mask=far, scale=scale)
-    )
+    return Weights(softmax.weights(q, k, mask=near, scale=scale), softmax.weights(q_far, k_far, mask=far, scale=scale))
 
 
 def vjp(
