@@ -45,11 +45,10 @@ def qkv(q: Any, k: Any, v: Any = None) -> tuple[NDArray[Any], NDArray[Any], NDAr
 
     Other arithmetics get the weights as the answer to v = I; float64 has them at hand and needs no values.
     """
-    q, k = array("q", q, "T D"), array("k", k, "S D")
+    q = array("q", q, "T D")
     if v is None:
-        none: Any = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else k[..., :0]
-        v = none
-    v = array("v", v, "S E")
+        v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else array("k", k, "S D")[..., :0]
+    k, v = array("k", k, "S D"), array("v", v, "S E")
     if q.shape[-1] < 1:
         raise ValueError("q has depth D = 0; expected at least 1")
     size("k", k.shape[-1], q.shape[-1], "D", "q")

@@ -253,7 +253,9 @@ def vjp(
     if chosen.name != "numpy":
         return engines.ask("softmax", "backward", chosen, call, do, dlse)
     out = _backward(call, do, dlse)
-    return out if out.bias is None or isinstance(bias, Bias) else out._replace(bias=out.bias.reshape(np.shape(bias)))
+    if out.bias is None or isinstance(bias, Bias):
+        return out
+    return out._replace(bias=out.bias.reshape(np.asarray(bias).shape))
 
 
 def cost(T: int, S: int, D: int, E: int, *, mask: Mask | Pairs | ArrayLike | None = None) -> Cost:
@@ -387,6 +389,6 @@ def _union(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.intp
         return np.zeros(0, np.intp)
     order = np.argsort(start, kind="stable")
     start, reach = start[order], np.maximum.accumulate(stop[order])
-    fresh = np.flatnonzero(np.concatenate([[True], start[1:] > reach[:-1]]))
-    first, last = start[fresh], reach[[*(fresh[1:] - 1), -1]]
+    gap = np.flatnonzero(start[1:] > reach[:-1])
+    first, last = np.concatenate([start[:1], start[gap + 1]]), np.concatenate([reach[gap], reach[-1:]])
     return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])

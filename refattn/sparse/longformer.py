@@ -289,17 +289,15 @@ def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]
     for t in tokens:
         if _check.integer("tokens", t, 0) >= S:
             raise ValueError(f"tokens holds {t}; expected positions below S = {S}")
-    wide = np.isin(np.arange(T) + S - T, np.asarray(tokens, int)).astype(int)
-    zeros = np.zeros(S, int)
-    return masks.meet(mask, masks.segments(wide, zeros)), masks.meet(mask, masks.segments(1 - wide, zeros))
+    far = masks.segments(np.isin(np.arange(T) + S - T, np.asarray(tokens, int)).astype(int), np.ones(S, int))
+    return masks.meet(mask, ~far), masks.meet(mask, far)
 
 
 def _masks(q: Any, k: Any, window: int, dilation: int, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
     """Return the pairs of the window and the global keys, and the pairs of the rows of global tokens."""
     w, d = _check.integer("window", window, 0), _check.integer("dilation", dilation, 1)
     rest, far = _rows(q, k, tokens, mask)
-    band = masks.dilated(w, w, d)
-    return (rest & (band | masks.global_tokens(tokens)) if len(tokens) else rest & band), far
+    return rest & (masks.dilated(w, w, d) | masks.global_tokens(tokens)), far
 
 
 def _global(q: Any, k: Any, v: Any, q_global: Any, k_global: Any, v_global: Any) -> tuple[Any, Any, Any]:
