@@ -391,4 +391,4 @@ def _union(start: NDArray[np.int64], stop: NDArray[np.int64]) -> NDArray[np.intp
     start, reach = start[order], np.maximum.accumulate(stop[order])
     gap = np.flatnonzero(start[1:] > reach[:-1])
     first, last = np.concatenate([start[:1], start[gap + 1]]), np.concatenate([reach[gap], reach[-1:]])
-    return np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+    return np.concatenate([np.arange(int(a), int(b)) for a, b in zip(first, last, strict=True)])
