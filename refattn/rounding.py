@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -95,11 +95,11 @@ class Bounded(Arithmetic):
 
     def sum(self, axis: int, keepdims: bool = False) -> Bounded:
         """Sum along an axis, in any order."""
-        size = self._size()
+        size = self.bulk()
         error = self.error.sum(axis, keepdims=keepdims) + gamma(self.shape[axis]) * size.sum(axis, keepdims=keepdims)
         return Bounded(self.value.sum(axis, keepdims=keepdims), error)
 
-    def _size(self) -> Array:
+    def bulk(self) -> Array:
         """Bound the size of the real number and of every run."""
         return np.abs(self.value) + 2 * self.error
 
@@ -115,14 +115,14 @@ class Bounded(Arithmetic):
 
     def _multiply(self, other: Bounded) -> Bounded:
         value = self.value * other.value
-        carried = self.error * other._size() + self._size() * other.error
+        carried = self.error * other.bulk() + self.bulk() * other.error
         return Bounded(value, carried + U * np.abs(value) + TINY)
 
     def _divide(self, other: Bounded) -> Bounded:
         with np.errstate(divide="ignore", invalid="ignore"):
             value = self.value / other.value
             least = np.abs(other.value) - 2 * other.error
-            error = (self.error + self._size() / (least + other.error) * other.error) / least
+            error = (self.error + self.bulk() / (least + other.error) * other.error) / least
             error = error + U * (np.abs(value) + 2 * error) + TINY
         return Bounded(value, np.where(least > 0, error, np.inf))
 
@@ -147,8 +147,8 @@ class Bounded(Arithmetic):
 
     def _matmul(self, other: Bounded) -> Bounded:
         n = self.shape[-1]
-        whole = self._size() @ other._size()
-        carried = self.error @ other._size() + self._size() @ other.error
+        whole = self.bulk() @ other.bulk()
+        carried = self.error @ other.bulk() + self.bulk() @ other.error
         return Bounded(self.value @ other.value, carried + gamma(n) * whole + n * TINY)
 
     def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
@@ -209,10 +209,11 @@ def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> A
 def _errors(answer: Any) -> Any:
     if isinstance(answer, Bounded):
         return np.where(np.isnan(answer.error), np.inf, answer.error * EVALUATION)
-    if isinstance(answer, tuple):
-        parts = [_errors(x) for x in answer]
-        return type(answer)(*parts) if hasattr(answer, "_fields") else tuple(parts)
-    return answer
+    if not isinstance(answer, tuple):
+        return answer
+    whole = cast("tuple[Any, ...]", answer)
+    parts = [_errors(x) for x in whole]
+    return type(whole)(*parts) if hasattr(whole, "_fields") else tuple(parts)
 
 
 def claim_evaluation(
@@ -276,7 +277,7 @@ class _Rows:
         self.q, self.k, self.v, self.seen = q, k, v, one.seen()
         S, D, sigma, seen = k.shape[0], q.shape[1], abs(call.multiplier), self.seen
         z = (q.value @ k.value.T) * call.multiplier
-        sizes = gamma(D) * (q._size() @ k._size().T) + q.error @ k._size().T + q._size() @ k.error.T
+        sizes = gamma(D) * (q.bulk() @ k.bulk().T) + q.error @ k.bulk().T + q.bulk() @ k.error.T
         e = sigma * (sizes + D * TINY)
         e = e + (U if call.scale is not None else 3 * U * (1 + 3 * U)) * (np.abs(z) + e) + TINY
         b = _bias(one)
@@ -300,7 +301,7 @@ class _Rows:
             sink = Bounded.lift(one.sink)
             z, e = (np.c_[x, np.full(len(x), own.item())] for x, own in ((z, sink.value), (e, sink.error)))
         live = np.isfinite(z)
-        self.empty = ~live.any(axis=1)
+        self.empty: NDArray[np.bool_] = ~np.logical_or.reduce(live, axis=1)
         m = np.where(self.empty, 0.0, z.max(axis=1, initial=-np.inf))[:, None]
         # the maximum is common to the row and cancels; what is rounded is the difference, then its exponential
         e = np.where(live, e + U * np.where(live, np.abs(z - m), 0.0) + EXP * (1 + EXP), 0.0)
@@ -317,7 +318,7 @@ class _Rows:
         self.e, self.p = e[:, :S], p[:, :S]
         self.e_sink, self.p_sink = (np.zeros(len(p)),) * 2 if one.sink is None else (e[:, S], p[:, S])
         self.o = self.p @ v.value
-        pe, size = self.p * np.exp(self.e), v._size()
+        pe, size = self.p * np.exp(self.e), v.bulk()
         tilted = self.p * np.expm1(self.e)
         tilt = np.zeros(self.o.shape)
         for c in range(size.shape[1]):
@@ -325,15 +326,15 @@ class _Rows:
         tilt = tilt + (self.p_sink * np.expm1(self.e_sink))[:, None] * np.abs(self.o)
         high = size.max(axis=0, initial=0.0)
         error = tilt + G * (pe @ size) + G * np.abs(self.o) * up + pe @ v.error + lost * (1 + high + np.abs(self.o))
-        error = error / ((1 - G) * down - lost)
-        ratio = np.maximum(np.log((1 + G) * up + lost), -np.log((1 - G) * down - lost))
+        error: Array = error / ((1 - G) * down - lost)
+        ratio: Array = np.maximum(np.log((1 + G) * up + lost), -np.log((1 - G) * down - lost))
         # where even the first digit of a weight is in doubt: both answers are means of the values, both lse maxima
         error = np.where(sure, error * self.wide, 2 * (1 + 4 * G) * high)
         ratio = np.where(sure, ratio * self.wide, self.top + 2 * G + 2 * lost)[:, 0]
         omega = (1 + U) ** 2 - 1
         self.E = np.where(self.empty[:, None], 0.0, error * (1 + omega) + omega * np.abs(self.o) + TINY)
         self.e_z = np.where(self.empty, 0.0, ratio)
-        lse = m[:, 0] + np.log(total[:, 0])
+        lse: Array = m[:, 0] + np.log(total[:, 0])
         raw = self.e_z + EXP * np.abs(np.log(total[:, 0])) + U * np.abs(lse)
         self.E_lse = np.where(self.empty, 0.0, raw / (1 - 4 * U))
         self.lse = np.where(self.empty, -np.inf, lse)
@@ -345,7 +346,8 @@ def _bias(one: One) -> Bounded | None:
         return None
     if isinstance(bias, Table) and isinstance(bias.array, Bounded):
         return bias.array
-    exact = Bounded.lift(one.bias(np.arange(one.q.shape[0]), np.arange(one.k.shape[0])))
+    T, S, _, _ = one.problem.sizes
+    exact = Bounded.lift(one.bias(np.arange(T), np.arange(S)))
     return exact if isinstance(bias, Table) else Bounded(exact.value, U * np.abs(exact.value))
 
 
@@ -360,10 +362,10 @@ def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, B
     row, call = _Rows(one), one.problem
     T, n, width, sigma = len(row.p), one.k.shape[0], do.shape[1], abs(call.multiplier)
     q, k, v = row.q, row.k, row.v
-    live = row.seen.any(axis=1)[:, None]
-    g, size, g_error = (np.where(live, x, 0.0) for x in (do.value, do._size(), do.error))
+    live = row.seen.any(axis=1, keepdims=True)
+    g, size, g_error = (np.where(live, x, 0.0) for x in (do.value, do.bulk(), do.error))
     dots = np.where(row.seen, g @ v.value.T, 0.0)
-    d_dots = gamma(width) * (size @ v._size().T) + g_error @ v._size().T + size @ v.error.T + width * TINY
+    d_dots = gamma(width) * (size @ v.bulk().T) + g_error @ v.bulk().T + size @ v.error.T + width * TINY
     own = dlse.value - (g * row.o).sum(axis=1)
     reach = np.abs(row.o) + row.E
     delta = (g_error * reach + size * row.E).sum(axis=1) + gamma(width) * (size * reach).sum(axis=1) + width * TINY
@@ -389,14 +391,14 @@ def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, B
 
     value = call.multiplier * (dz @ k.value)
     blur = np.expm1(np.minimum(4 * row.top, 4.0)) + gamma(n)
-    common = grow * E_D * (np.abs(ps @ k.value) + blur * (ps_size @ k._size()))
-    common = common + np.expm1(e_z) * (np.abs(dz @ k.value) + blur * (np.abs(dz) @ k._size()))
-    error = inner_z @ k._size() + common + gamma(n) * (size_z @ k._size()) + size_z @ k.error + n * TINY
+    common = grow * E_D * (np.abs(ps @ k.value) + blur * (ps_size @ k.bulk()))
+    common = common + np.expm1(e_z) * (np.abs(dz @ k.value) + blur * (np.abs(dz) @ k.bulk()))
+    error = inner_z @ k.bulk() + common + gamma(n) * (size_z @ k.bulk()) + size_z @ k.error + n * TINY
     dq = Bounded(value, sigma * (error * wide) * (1 + scaled) + scaled * np.abs(value) + TINY)
 
     # 1/√D as a float is common; the product with it is rounded once for each tile of rows, so counted among the sums
     value = call.multiplier * (dz.T @ q.value)
-    error = (whole_z * wide).T @ q._size() + gamma(T + 1) * ((size_z * wide).T @ q._size())
+    error = (whole_z * wide).T @ q.bulk() + gamma(T + 1) * ((size_z * wide).T @ q.bulk())
     error = error + size_z.T @ q.error + T * TINY
     common = (scaled - U) * (1 + scaled) * np.abs(value)
     dk = Bounded(value, sigma * error * (1 + scaled) + common + T * TINY)
@@ -430,17 +432,17 @@ def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: 
     v = Bounded(np.c_[v.value, np.ones(len(v.value))], np.c_[v.error, np.zeros(len(v.value))])
     h = (r + n - np.r_[np.zeros(v.shape[1] - 1), 1.0]) * U
     kappa = np.where(seen, fq.value @ fk.value.T, 0.0)
-    carried = np.where(seen, fq.error @ fk._size().T + np.abs(fq.value) @ fk.error.T, 0.0)
-    size = np.where(seen, fq._size() @ fk._size().T, 0.0)
-    tiny = TINY * (r + n + r * (seen @ v._size()) + n * fq._size().sum(axis=1, keepdims=True))
-    error = carried @ v._size() + size @ v.error + h / (1 - h) * (size @ v._size()) + tiny
+    carried = np.where(seen, fq.error @ fk.bulk().T + np.abs(fq.value) @ fk.error.T, 0.0)
+    size = np.where(seen, fq.bulk() @ fk.bulk().T, 0.0)
+    tiny = TINY * (r + n + r * (seen @ v.bulk()) + n * fq.bulk().sum(axis=1, keepdims=True))
+    error = carried @ v.bulk() + size @ v.error + h / (1 - h) * (size @ v.bulk()) + tiny
     top = Bounded((kappa @ v.value)[:, :-1], error[:, :-1])
     den = Bounded(np.where(some, kappa.sum(axis=1, keepdims=True), 1.0), np.where(some, error[:, -1:], 0.0))
     if eps:
         den = den + eps
     least = np.abs(den.value) - 2 * den.error  # of what any order computes
     with np.errstate(divide="ignore", invalid="ignore"):
-        truth = top._size() / (least + den.error)
+        truth = top.bulk() / (least + den.error)
         error = (top.error + truth * den.error) / least
         error = np.where(least > 0, error + U * (truth + error) + TINY, np.inf)
         value = top.value / den.value
@@ -452,7 +454,7 @@ def _linear_backward(
 ) -> tuple[Bounded, Bounded, Bounded]:
     (n, r), T, width = fk.shape, len(fq.value), v.shape[1]
     o, den = _linear(fq, fk, v, seen, eps)
-    some = seen.any(axis=1)[:, None]
+    some = seen.any(axis=1, keepdims=True)
     do = Bounded(np.where(some, do.value, 0.0), np.where(some, do.error, 0.0))
     g, fall = do / den, -((do * o).sum(1, keepdims=True)) / den
     g = Bounded(np.c_[g.value, fall.value], np.c_[g.error, fall.error])
@@ -461,10 +463,10 @@ def _linear_backward(
     h = gamma(r + n + T + width + 6)
 
     def product(a: Bounded, b: Bounded, c: Bounded, pairs: NDArray[np.bool_]) -> Bounded:
-        """(a bᵀ over the seen pairs) c, in any order of the two products."""
+        """Return (a bᵀ over the seen pairs) c, in any order of the two products."""
         value = np.where(pairs, a.value @ b.value.T, 0.0) @ c.value
         plain = np.where(pairs, np.abs(a.value) @ np.abs(b.value).T, 0.0) @ np.abs(c.value)
-        whole = np.where(pairs, a._size() @ b._size().T, 0.0) @ c._size()
+        whole = np.where(pairs, a.bulk() @ b.bulk().T, 0.0) @ c.bulk()
         return Bounded(value, np.maximum(whole - plain, 0.0) + 2 * h * whole + len(c.value) * TINY)
 
     to_q, to_k = product(g, tilted, fk, seen), product(tilted, g, fq, seen.T)

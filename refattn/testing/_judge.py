@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from refattn.testing.ball import Ball
 
@@ -83,7 +83,7 @@ def _distance(a: Any, expected: Any) -> tuple[Any, Any]:
         return expected.floats(), expected.distance(a)
     x = np.asarray(expected, np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        error = a - x
+        error: NDArray[np.float64] = a - x
         # what rounding took from the difference, exactly (Knuth's two-sum): an error is never rounded down to its bound
         back = error - a
         lost = (a - (error - back)) - (x + back)
