@@ -116,10 +116,7 @@ def _study(captures: dict[str, Capture], *, causal: bool, **options: Any) -> lis
     for name, capture in captures.items():
         table = _compare(name, capture, causal=causal, **options)
         tables.append(table)
-        if out.is_terminal:
-            out.print(table)
-        else:
-            print(table)
+        out.print(table, soft_wrap=True)
         for sentence in table.violations:
             print(f"{name}: {sentence}", file=sys.stderr)
     return tables

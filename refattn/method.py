@@ -8,6 +8,7 @@ these declarations, and one test holds every signature equal to its declaration.
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
@@ -98,6 +99,8 @@ class Method:
         Arguments that the output is linear in; `weights` drops them and returns one matrix for each.
     budget
         The option (of attend or of draw) that study sweeps, from cheap to dear.
+    variants
+        Option values that study runs beside the defaults, each a sweep of its own.
     masks
         ``"any"``; ``"prefix"``: rows that see the first keys, never fewer than the row before, such as causal;
         ``"none"``: no mask argument.
@@ -123,6 +126,7 @@ class Method:
     drawn: tuple[str, ...] = ()
     linear_in: tuple[str, ...] = ("v",)
     budget: str | None = None
+    variants: tuple[Mapping[str, Any], ...] = ()
     masks: Literal["any", "prefix", "none"]
     approximates: Literal["softmax"] | None = "softmax"
     rows: Literal["stochastic", "sum to 1", "any"]
@@ -139,6 +143,16 @@ class Method:
     def optional(self) -> tuple[str, ...]:
         """Array arguments that may be left out, in order."""
         return tuple(name for name, axes in self.arrays.items() if axes.endswith("?"))
+
+
+def accepted(verb: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options that a verb takes.
+
+    >>> accepted(lambda q, *, scale: q * scale, {"scale": 0.5, "window": 3})
+    {'scale': 0.5}
+    """
+    names = inspect.signature(verb).parameters
+    return {name: value for name, value in options.items() if name in names}
 
 
 def modules() -> dict[str, ModuleType]:

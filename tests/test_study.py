@@ -139,25 +139,38 @@ def test_a_bound_that_is_nan_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_table_comes_back_from_csv_bit_for_bit(tmp_path: Path) -> None:
     table = study.compare(Q, K, V, title="drawn")
-    table.to_csv(tmp_path / "t.csv")
+    study.write_csv(tmp_path / "t.csv", [table])
     with open(tmp_path / "t.csv", newline="", encoding="utf-8") as file:
         back = list(csv.DictReader(file))
     assert [line.pop("input") for line in back] == ["drawn"] * len(table.rows)
     for line, row in zip(back, table.rows, strict=True):
         for name, x in row._asdict().items():
             assert x == (line[name] == "True" if isinstance(x, bool) else type(x)(line[name])), name
-    assert table.to_dict()["budget"] == [line["budget"] for line in back]
 
 
-def test_a_terminal_of_80_columns_shows_every_row() -> None:
+def test_the_text_fits_80_columns_and_a_console_shows_the_same() -> None:
     from rich.console import Console
 
     table = study.compare(Q, K, V, title="drawn [toy]")
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table)
-    text = console.export_text()
-    assert "drawn [toy]" in text and all(row.budget in text and row.method in text for row in table.rows)
-    assert sum(line.rstrip().endswith(" yes") for line in text.splitlines()) == len(table.rows)
+    text = str(table)
+    assert console.export_text(clear=False) == f"{text}\n"
+    lines = text.splitlines()
+    assert lines[0] == "drawn [toy]" and max(map(len, lines)) <= 80
+    assert [line.split()[0] for line in lines if line.endswith(" yes")] == [row.budget or "—" for row in table.rows]
+    assert all(f"\n{row.method}, against {row.reference}\n" in text for row in table.rows)
+
+
+def test_a_console_shows_a_violation_in_red() -> None:
+    from rich.console import Console
+
+    (row, *_) = study.compare(Q, K, V, methods=["linear_transformer"]).rows
+    console = Console(width=80, force_terminal=True, color_system="standard", no_color=False, file=io.StringIO())
+    console.print(study.Table([row, row._replace(holds=False)]))
+    assert isinstance(console.file, io.StringIO)
+    red = [line for line in console.file.getvalue().splitlines() if "\x1b[1;31m" in line]
+    assert len(red) == 2 and all("VIOLATED" in line for line in red)
 
 
 def test_out_gets_a_table_and_a_picture_of_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,15 +14,13 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import _check, masks, method, perturbation, rounding, softmax
 from refattn.heads import leads, matrix
 from refattn.masks import Mask, Pairs
-from refattn.method import REQUIRED
+from refattn.method import REQUIRED, accepted
 from refattn.study._read import finite
 from refattn.study._table import Row, Table
 
 Array = NDArray[np.float64]
 Source = Literal["draw", "fit"] | None
 TILE_PAIRS = 2**20
-VARIANTS: Mapping[str, tuple[tuple[str, Any], ...]] = {"longformer": (("tokens", (0,)),)}
-"""Options that a method is swept with once more."""
 
 
 class _Sweep(NamedTuple):
@@ -45,16 +42,13 @@ class _Exact(NamedTuple):
 
 
 class _Measured(NamedTuple):
-    """One problem: |õ − o|, the same ÷ the spread, the bound, the bound ÷ the spread, bound ÷ error, and more."""
+    """One problem, elementwise: |õ − o|, the range of v, the claim, and what rounding may add to the error and it."""
 
     error: Array
-    relative: Array
+    spread: Array
     bound: Array | None
-    bound_relative: Array
-    ratio: Array
+    slack: Array
     seconds: float
-    violated: bool
-    checked: bool
 
 
 def compare(
@@ -125,7 +119,7 @@ def compare(
     _check.size("k", given["k"].shape[-1], D, "D", "q")
     _check.size("v", S, given["k"].shape[-2], "S", "k")
     sizes = {"T": T, "S": S, "D": D, "E": E}
-    sigma = _check.scale(scale, D)
+    _check.scale(scale, D)
     seed = _check.integer("seed", seed, 0)
     pairs = masks.bind(mask, T, S)
     queries = {"q": given["q"].shape[:-2]} | ({} if pairs is None else {"mask": pairs.lead})
@@ -135,6 +129,11 @@ def compare(
     if min(*sizes.values(), heads) == 0:
         raise ValueError(f"q, k and v leave nothing to compare: {sizes} and {heads} heads")
     seen = [None] * heads if pairs is None else [pairs.take(int(n)) for n in lead.of["mask"]]
+    takes = {
+        "any": pairs is not None,
+        "prefix": pairs is not None and masks.prefix_ends(pairs) is not None,
+        "none": False,
+    }
     whole = sum(softmax.cost(**sizes, mask=one).flops for one in seen)
     sweeps = list(_sweeps(_chosen(methods), sizes))
 
@@ -145,7 +144,7 @@ def compare(
     for sweep in sweeps:
         drawn = _drawn(sweep, given, scale, seed)
         of = leads(queries, keyed | {name: x.shape[:-2] for name, x in drawn.items()}).of
-        masked = all(one is not None and _takes(sweep.module.METHOD.masks, one) for one in seen)
+        masked = takes[sweep.module.METHOD.masks]
         found: list[_Measured] = []
         flops = 0
         for n in range(heads):
@@ -154,8 +153,8 @@ def compare(
             common = {"mask": mine, "scale": scale} | sweep.options
             if (n, masked) not in exacts:
                 exacts[n, masked] = _exact(one, mine, scale)
-            flops += sweep.module.cost(**sizes, **_only(sweep.module.cost, common)).flops
-            found.append(_measure(sweep.module, one, exacts[n, masked], common, sigma))
+            flops += sweep.module.cost(**sizes, **accepted(sweep.module.cost, common)).flops
+            found.append(_measure(sweep.module, one, exacts[n, masked], common))
             report(len(rows) * heads + n + 1, total)
         reference = "softmax, same mask" if masked else "softmax, unmasked"
         rows.append(_row(sweep, reference, flops / whole if whole else math.nan, found))
@@ -191,8 +190,9 @@ def _sweeps(modules: Sequence[ModuleType], sizes: Mapping[str, int]) -> Iterator
         }
         swept = (None,) if declared.budget is None else every[declared.budget].values(sizes)
         budgets = [None if declared.budget is None else (declared.budget, x) for x in swept]
-        for extra in ((), *((x,) for x in VARIANTS.get(declared.name, ()))):
-            variant = "".join(f", {name}={value}" for name, value in extra)
+        variants: tuple[Mapping[str, Any], ...] = ({}, *declared.variants)
+        for extra in variants:
+            variant = "".join(f", {name}={value}" for name, value in extra.items())
             for source in _sources(module):
                 note = " (fit)" if source == "fit" else ""
                 for budget in budgets:
@@ -212,26 +212,8 @@ def _drawn(sweep: _Sweep, given: Mapping[str, Any], scale: float | None, seed: i
         return {}
     verb, options = getattr(sweep.module, sweep.source), {"scale": scale} | sweep.options
     first = (np.random.default_rng(seed),) if sweep.source == "draw" else ()
-    arrays = verb(*first, *(given[name] for name in "qkv"), **_only(verb, options))
+    arrays = verb(*first, *(given[name] for name in "qkv"), **accepted(verb, options))
     return dict(zip(sweep.module.METHOD.drawn, arrays, strict=True))
-
-
-def _takes(kind: str, pairs: Pairs) -> bool:
-    """Whether a method with masks of this kind takes this one."""
-    if kind != "prefix":
-        return kind == "any"
-    runs = pairs.runs(slice(0, pairs.T))
-    each, ends = np.diff(runs.indptr), np.zeros(pairs.T, np.int64)
-    if (each > 1).any() or runs.start.any():
-        return False
-    ends[each == 1] = runs.stop
-    return not (np.diff(ends) < 0).any()
-
-
-def _only(verb: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of the options that the verb takes."""
-    names = inspect.signature(verb).parameters
-    return {name: value for name, value in options.items() if name in names}
 
 
 def _exact(one: Mapping[str, Array], seen: Pairs | None, scale: float | None) -> _Exact:
@@ -244,61 +226,24 @@ def _exact(one: Mapping[str, Array], seen: Pairs | None, scale: float | None) ->
     return _Exact(o, rounding.allowance(softmax.attend, q, k, v, mask=seen, scale=scale), spread)
 
 
-def _measure(
-    module: ModuleType, one: Mapping[str, Array], exact: _Exact, common: Mapping[str, Any], sigma: float
-) -> _Measured:
+def _measure(module: ModuleType, one: Mapping[str, Array], exact: _Exact, common: Mapping[str, Any]) -> _Measured:
     declared: method.Method = module.METHOD
     arrays = [one[name] for name in declared.required]
-    options = _only(module.attend, common)
+    options = accepted(module.attend, common)
     start = time.perf_counter()
     o = np.asarray(module.attend(*arrays, **options), np.float64)
     seconds = time.perf_counter() - start
     own = rounding.allowance(module.attend, *arrays, **options)
     error = np.abs(o - exact.o)
     slack = exact.rounding + own + rounding.U * error
-    sure = error > slack
-    relative = _over(np.where(sure, error, 0.0), exact.spread)
     claim = next((c for c in declared.claims if c.over == "arrays"), None)
     if claim is None:
-        return _Measured(error, relative, None, np.zeros(0), np.zeros(0), seconds, False, False)
+        return _Measured(error, exact.spread, None, slack, seconds)
     verb = getattr(module, claim.verb)
-    bound = np.broadcast_to(verb(*arrays, **_only(verb, common)), error.shape)
-    slack = slack + own + _evaluation_error(one, declared.drawn, sigma)
-    return _Measured(
-        error,
-        relative,
-        bound,
-        _over(bound, exact.spread),
-        bound[sure] / error[sure],
-        seconds,
-        bool((~(error <= bound + slack)).any()),
-        bool(np.isfinite(slack).all()),
-    )
-
-
-def _evaluation_error(one: Mapping[str, Array], drawn: Sequence[str], sigma: float) -> Array:
-    r"""Bound how far the float64 value of a claim may be below the claim, beside what õ in it costs: (T, E).
-
-    Claims are made of numbers like logits (dot products of a query with keys or with projected keys, logarithms of
-    counts, of sums of exponentials and of sums of positive features), of functions of their differences with
-    slope at most ¼ (tanh of a quarter span, the logistic function) or of their softmax, and of products of these
-    with values. With X the largest absolute row sum of a drawn array (0 without) and n ≥ the roundings that touch
-    any term, a number like a logit is off by at most
-
-    .. math:: \varepsilon_i = \gamma_n \big(|\sigma| (1 + X) \textstyle\sum_c |q_{ic}| \max_j |k_{jc}|
-              + \max_c |q_{ic}| + \max_{jc} |k_{jc}| + \ln S + 1\big),
-
-    so a span by 2ε and tanh(span/4) or a mass by ε/2 + γ_n; weights p̂ by ε in absolute sum. These multiply values
-    or their differences, at most 2(1 + X) max|v|; the sums add γ_n of that. The total is at most
-
-    .. math:: 4 (1 + X) (\varepsilon_i + \gamma_n) \max_j |v_{jc}|
-    """
-    q, k, v = (np.abs(one[name]) for name in "qkv")
-    stretch = 1 + max((np.abs(one[name]).sum(axis=1).max() for name in drawn), default=0.0)
-    widest = max((len(one[name]) for name in drawn), default=0)
-    gamma = rounding.gamma(q.shape[1] + len(k) + widest + 32)
-    size = abs(sigma) * stretch * (q @ k.max(axis=0)) + q.max(axis=1) + k.max() + np.log(len(k)) + 1
-    return 4 * stretch * gamma * (size + 1)[:, None] * v.max(axis=0)
+    bound = np.broadcast_to(verb(*arrays, **accepted(verb, common)), error.shape)
+    drawn = [one[name] for name in declared.drawn]
+    evaluation = rounding.claim_evaluation(one["q"], one["k"], one["v"], drawn=drawn, scale=common["scale"])
+    return _Measured(error, exact.spread, bound, slack + own + evaluation, seconds)  # õ is in the claim too
 
 
 def _over(x: Array, spread: Array) -> Array:
@@ -307,20 +252,29 @@ def _over(x: Array, spread: Array) -> Array:
 
 
 def _row(sweep: _Sweep, reference: str, cost: float, found: Sequence[_Measured]) -> Row:
-    error, relative = (np.concatenate([getattr(x, field).ravel() for x in found]) for field in ("error", "relative"))
-    budget = "" if sweep.budget is None else f"{sweep.budget[0]}={sweep.budget[1]}"
+    error, spread, slack = (np.array([getattr(x, field) for x in found]) for field in ("error", "spread", "slack"))
+    sure = error > slack
+    row = Row(
+        method=sweep.name,
+        budget="" if sweep.budget is None else f"{sweep.budget[0]}={sweep.budget[1]}",
+        reference=reference,
+        cost=cost,
+        error_max=float(error.max()),
+        error_rms=_rms(error),
+        error_relative=_rms(_over(np.where(sure, error, 0.0), spread)),
+        seconds=sum(x.seconds for x in found),
+    )
     bounds = [x.bound for x in found if x.bound is not None]
-    bound_max = bound_relative = ratio = holds = None
-    if bounds:
-        bound_max = max(float(x.max()) for x in bounds)
-        bound_relative = _rms(np.concatenate([x.bound_relative.ravel() for x in found]))
-        ratios = np.concatenate([x.ratio for x in found])
-        ratio = float(np.median(ratios)) if len(ratios) else math.nan
-        holds = False if any(x.violated for x in found) else True if all(x.checked for x in found) else None
-    return Row(
-        sweep.name, budget, reference, float(cost), float(error.max()), _rms(error), _rms(relative), bound_max,
-        bound_relative, ratio, sum(x.seconds for x in found), holds,
-    )  # fmt: skip
+    if not bounds:
+        return row
+    bound = np.array(bounds)
+    kept = (error <= bound + slack).all()
+    return row._replace(
+        bound_max=float(bound.max()),
+        bound_relative=_rms(_over(bound, spread)),
+        bound_ratio=float(np.median(bound[sure] / error[sure])) if sure.any() else math.nan,
+        holds=(True if np.isfinite(slack).all() else None) if kept else False,
+    )
 
 
 def _rms(x: Array) -> float:

@@ -1,14 +1,14 @@
-"""The table that a study answers with: plain text, Rich, CSV and dictionaries."""
+"""The table that a study answers with: plain text, coloured by Rich, and CSV."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    import rich.console
+    import rich.text
 
 
 class Row(NamedTuple):
@@ -29,12 +29,12 @@ class Row(NamedTuple):
     error_relative
         Root mean square, over all elements, of |õ − o| ÷ the range of that column of v over the keys that the row
         sees: 1 is as wrong as an average of the same values can be. An error within rounding counts as 0.
+    seconds
+        Spent in `attend`, over all heads.
     bound_max, bound_relative
         Of the proved bound: its largest value, and the same mean as `error_relative`. None without a claim.
     bound_ratio
         Median of bound ÷ error over the elements whose error is above rounding; NaN where there is none.
-    seconds
-        Spent in `attend`, over all heads.
     holds
         Whether every element's error is within bound and rounding; None where there is no claim, or the rounding
         itself has no finite bound.
@@ -47,30 +47,44 @@ class Row(NamedTuple):
     error_max: float
     error_rms: float
     error_relative: float
-    bound_max: float | None
-    bound_relative: float | None
-    bound_ratio: float | None
     seconds: float
-    holds: bool | None
+    bound_max: float | None = None
+    bound_relative: float | None = None
+    bound_ratio: float | None = None
+    holds: bool | None = None
 
 
-HEADINGS: tuple[str, ...] = (
-    "method", "budget", "exact is", "flops ÷ exact", "error max", "error RMS", "error ÷ spread", "bound max",
-    "bound ÷ spread", "bound ÷ error", "s", "holds",
-)  # fmt: skip
+HEADINGS: Mapping[str, str] = {
+    "budget": "budget",
+    "cost": "flops ÷ exact",
+    "error_max": "error max",
+    "error_rms": "error RMS",
+    "error_relative": "error ÷ spread",
+    "bound_max": "bound max",
+    "bound_relative": "bound ÷ spread",
+    "bound_ratio": "bound ÷ error",
+    "seconds": "s",
+    "holds": "holds",
+}
+"""What is above each column of the text."""
 
 
 class Table:
     """Rows, in the order of the sweep, and what they were measured on.
 
-    `str` and Rich print it; `to_csv` and `to_dict` keep every digit.
+    `str` and Rich print it; `write_csv` keeps every digit.
 
     Examples
     --------
     >>> from refattn.study import Row, Table
-    >>> row = Row("none", "", "softmax, unmasked", 0.5, 0.25, 0.1, 0.2, 0.5, 0.4, 2.0, 0.01, True)
-    >>> Table([row], "toy").to_dict()["error_max"]
-    [0.25]
+    >>> errors = {"error_max": 0.25, "error_rms": 0.1, "error_relative": 0.2}
+    >>> row = Row(method="none", budget="", reference="softmax, unmasked", cost=0.5, seconds=0.01, **errors)
+    >>> print(Table([row], "toy"))
+    toy
+             flops error error    error bound    bound   bound
+    budget ÷ exact   max   RMS ÷ spread   max ÷ spread ÷ error    s holds
+    none, against softmax, unmasked
+    —          0.5  0.25   0.1      0.2     —        —       — 0.01     —
     """
 
     def __init__(self, rows: Iterable[Row], title: str = "") -> None:
@@ -83,50 +97,27 @@ class Table:
         return str(self)
 
     def __str__(self) -> str:
-        """Return plain text: a heading, a line for each row, and a line for each violated claim."""
-        lines = [HEADINGS, *map(_cells, self.rows)]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(
-                cell.ljust(width) if n < 3 else cell.rjust(width)
-                for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([*([self.title] if self.title else []), *text, *self.violations])
+        """Return plain text: a line for each row under its method, and one for each violated claim."""
+        above = [["", *heading.split(" ", 1)][-2:] for heading in HEADINGS.values()]
+        cells = [*zip(*above, strict=True), *([_cell(row, name) for name in HEADINGS] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [" ".join([one.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for one, *rest in cells]
+        text = [self.title] * bool(self.title) + lines[:2]
+        group = None
+        for row, line in zip(self.rows, lines[2:], strict=True):
+            if (row.method, row.reference) != group:
+                group = row.method, row.reference
+                text.append(f"{row.method}, against {row.reference}")
+            text.append(line)
+        return "\n".join([*(line.rstrip() for line in text), *self.violations])
 
-    def __rich_console__(self, console: rich.console.Console, options: rich.console.ConsoleOptions) -> Iterator[Any]:
-        """Render for a Rich console, a method at a time so that it fits a terminal of 80 columns."""
-        import rich.table
+    def __rich__(self) -> rich.text.Text:
+        """Return the same text for a Rich console, violated claims in red."""
         import rich.text
 
-        if self.title:
-            yield rich.text.Text(self.title, style="bold")
-        headings = [heading.split(" ", 1) for heading in ("budget", *HEADINGS[3:])]
-        lines = [(cells[1], *cells[3:]) for cells in map(_cells, self.rows)]
-        widths = [max(map(len, (*heading, *column))) for heading, *column in zip(headings, *lines, strict=True)]
-        table, above = rich.table.Table(), None
-        for row, cells in zip(self.rows, lines, strict=True):
-            if (row.method, row.reference) != above:
-                if above:
-                    yield table
-                title = rich.text.Text(f"{row.method}, against {row.reference}", style="italic")
-                table = rich.table.Table(
-                    title=title,
-                    title_justify="left",
-                    box=None,
-                    padding=(0, 1, 0, 0),
-                    pad_edge=False,
-                    show_header=above is None,
-                )
-                for n, (heading, width) in enumerate(zip(headings, widths, strict=True)):
-                    table.add_column(
-                        "\n".join(heading), justify="right" if n else "left", min_width=width, no_wrap=True
-                    )
-                above = row.method, row.reference
-            table.add_row(*map(rich.text.Text, cells), style="bold red" if row.holds is False else None)
-        yield table
-        yield from (rich.text.Text(sentence, style="bold red") for sentence in self.violations)
+        text = rich.text.Text(str(self))
+        text.highlight_regex(".*VIOLATED.*", "bold red")
+        return text
 
     @property
     def violations(self) -> tuple[str, ...]:
@@ -137,25 +128,19 @@ class Table:
             if row.holds is False
         )
 
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Return the columns by name."""
-        return {name: [row[n] for row in self.rows] for n, name in enumerate(Row._fields)}
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the rows as CSV, with the title in the first column; floats come back bit for bit."""
-        write_csv(path, [self])
-
 
 def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
-    """Write the rows of several tables as one CSV file; what is None is empty."""
+    """Write the rows of several tables, titles in the first column; floats come back bit for bit, None is empty."""
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["input", *Row._fields])
         writer.writerows([table.title, *row] for table in tables for row in table.rows)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    numbers = (row.cost, *row[4:10])
-    shown = ("—" if x is None or x != x else f"{x:.3g}" for x in numbers)
-    verdict = {True: "yes", False: "VIOLATED", None: "—"}[row.holds]
-    return row.method, row.budget or "—", row.reference, *shown, f"{row.seconds:.2f}", verdict
+def _cell(row: Row, name: str) -> str:
+    x: Any = getattr(row, name)
+    if x is None or x == "" or x != x:
+        return "—"
+    if name == "holds":
+        return "yes" if x else "VIOLATED"
+    return x if isinstance(x, str) else f"{x:.2f}" if name == "seconds" else f"{x:.3g}"

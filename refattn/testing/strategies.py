@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from refattn import masks
 from refattn.masks import Mask, Pairs
-from refattn.method import REQUIRED, Method
+from refattn.method import REQUIRED, Method, accepted
 
 KINDS = ("normal", "small", "large", "ties", "peaked", "offset")
 
@@ -69,10 +69,7 @@ class Case:
         from refattn import softmax
 
         verb = getattr(self.module, "exact", softmax.attend)
-        names = verb.__code__.co_varnames[: verb.__code__.co_argcount + verb.__code__.co_kwonlyargcount]
-        positional = [self.arrays[s] for s in ("q", "k", "v")]
-        rest = {s: x for s, x in {**self.arrays, **self.options}.items() if s in names and s not in ("q", "k", "v")}
-        return verb(*positional, **rest)
+        return verb(**accepted(verb, {**self.arrays, **self.options}))
 
     def given(self, **changes: Any) -> Case:
         """Return the case with other arrays or options."""
