@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from refattn.arithmetic import Arithmetic
 
 _EXACT_INTEGERS = 2**53
+WEIGHTS: Any = object()
 
 
 def array(name: str, value: Any, axes: str) -> NDArray[Any]:
@@ -40,13 +41,13 @@ def array(name: str, value: Any, axes: str) -> NDArray[Any]:
     return x
 
 
-def qkv(q: Any, k: Any, v: Any = None) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Check queries, keys and values; without v, what is asked for is the weights.
+def qkv(q: Any, k: Any, v: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Check queries, keys and values; with v = `WEIGHTS`, what is asked for is the weights.
 
     Other arithmetics get the weights as the answer to v = I; float64 has them at hand and needs no values.
     """
     q = array("q", q, "T D")
-    if v is None:
+    if v is WEIGHTS:
         v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else array("k", k, "S D")[..., :0]
     k, v = array("k", k, "S D"), array("v", v, "S E")
     if q.shape[-1] < 1:
@@ -56,12 +57,18 @@ def qkv(q: Any, k: Any, v: Any = None) -> tuple[NDArray[Any], NDArray[Any], NDAr
     return q, k, v
 
 
-def cotangent(name: str, value: Any, axes: str, expected: tuple[int, ...], like: str) -> NDArray[Any]:
-    """Check a cotangent: it has the shape of what it is the cotangent of."""
+def shaped(name: str, value: Any, axes: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    """Check an array whose whole shape is known, such as a cotangent."""
     x = array(name, value, axes)
-    if x.shape != expected:
-        raise ValueError(f"{name} has shape {x.shape}; expected {like}, {expected}")
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {x.shape}; expected {shape}")
     return x
+
+
+def sizes(*values: int) -> None:
+    """Check T, S, D and E, given as numbers."""
+    for name, value in zip("TSDE", values, strict=True):
+        integer(name, value, 0)
 
 
 def widened(x: NDArray[Any]) -> NDArray[Any]:

@@ -67,6 +67,10 @@ class Backend:
             _check.choice("dtype", self.dtype, ("float32", "float64"))
         if self.threads is not None:
             _check.integer("threads", self.threads, 1)
+        if self.name == "numpy" and (self.dtype not in (None, "float64") or self.threads is not None):
+            raise ValueError(
+                f"dtype is {self.dtype!r}, threads is {self.threads!r}; numpy answers in float64, on its own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,7 +151,7 @@ class One:
 def problem(
     q: ArrayLike,
     k: ArrayLike,
-    v: ArrayLike | None,
+    v: ArrayLike,
     *,
     bias: _bias.Bias | ArrayLike | None = None,
     sink: ArrayLike | None = None,
@@ -156,7 +160,7 @@ def problem(
     mask: masks.Mask | masks.Pairs | ArrayLike | None = None,
     scale: float | None = None,
 ) -> Problem:
-    """Check a call once and return it as a `Problem`; without v, what is asked for is the weights."""
+    """Check a call once and return it as a `Problem`; v may be `_check.WEIGHTS`."""
     q, k, v = _check.qkv(q, k, v)
     T, S = q.shape[-2], k.shape[-2]
     if scale is not None:
@@ -174,6 +178,8 @@ def problem(
         sink = _check.array("sink", sink, "")
         queries["sink"] = np.shape(sink)
     joined = leads(queries, {"k": k.shape[:-2], "v": v.shape[:-2]})
+    if isinstance(q, Arithmetic) and joined.shape:
+        raise ValueError(f"mask, bias or sink has leading axes {joined.shape}; another arithmetic takes one problem")
     return Problem(
         q=q, k=k, v=v, pairs=pairs, bias=bound, sink=sink, scale=scale, softcap=softcap, order=order, leads=joined
     )
@@ -211,11 +217,14 @@ def find(engine: str, backend: Backend) -> ModuleType:
         raise ImportError(f"backend {backend.name!r} needs {error.name}, which is not installed{line}") from None
 
 
-def choose(backend: str | Backend) -> Backend:
-    """Return a backend by name or as it is."""
+def choose(backend: str | Backend, engine: str) -> Backend:
+    """Return a backend by name or as it is, once it is known to have the engine."""
     if not isinstance(backend, (str, Backend)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"backend is {backend!r}; expected a name or a Backend")
-    return backend if isinstance(backend, Backend) else Backend(backend)
+    chosen = backend if isinstance(backend, Backend) else Backend(backend)
+    if chosen.name != "numpy":
+        find(engine, chosen)
+    return chosen
 
 
 def ask(engine: str, verb: str, backend: Backend, problem: Any, *more: Any) -> Any:

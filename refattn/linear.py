@@ -71,14 +71,14 @@ class Problem:
 def problem(
     q: ArrayLike,
     k: ArrayLike,
-    v: ArrayLike | None,
+    v: ArrayLike,
     *,
     feature_map: Any,
     eps: float,
     mask: Any = None,
     state: State | None = None,
 ) -> Problem:
-    """Check a call once; without v, what is asked for is the weights."""
+    """Check a call once; v may be `_check.WEIGHTS`."""
     q, k, v = _check.qkv(q, k, v)
     if not (hasattr(feature_map, "of") and hasattr(feature_map, "vjp")):
         raise TypeError(f"feature_map is {feature_map!r}; expected a refattn.kernel.FeatureMap")
@@ -93,12 +93,15 @@ def problem(
             "than the row before (none, causal, lengths, prefix and their unions)"
         )
     joined = leads({"q": q.shape[:-2], "mask": ends.shape[:-1]}, {"k": k.shape[:-2], "v": v.shape[:-2]})
+    if isinstance(q, Arithmetic) and joined.shape:
+        raise ValueError(f"mask has leading axes {joined.shape}; another arithmetic takes one problem")
     call = Problem(q=q, k=k, v=v, feature_map=feature_map, ends=ends, eps=float(eps), state=state, leads=joined)
     if state is not None:
+        if not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"state is {state!r}; expected a State that step returned, or None")
         _, _, r, E = call.sizes
-        for name, x, shape in (("state.s", state.s, (*joined.shape, r, E)), ("state.z", state.z, (*joined.shape, r))):
-            if np.shape(x) != shape:
-                raise ValueError(f"{name} has shape {np.shape(x)}; expected {shape}")
+        _check.shaped("state.s", state.s, "r E", (*joined.shape, r, E))
+        _check.shaped("state.z", state.z, "r", (*joined.shape, r))
     return call
 
 
@@ -122,7 +125,7 @@ def forward(call: Problem, backend: engines.Backend) -> tuple[Any, State]:
 def backward(call: Problem, do: Any, backend: engines.Backend) -> tuple[Any, Any, Any]:
     """Return gradients with respect to q, k and v."""
     (T, _, r, E), lead, of = call.sizes, call.leads.shape, call.leads.of
-    do = _check.cotangent("do", do, "T E", (*lead, T, E), "the output's shape")
+    do = _check.shaped("do", do, "T E", (*lead, T, E))
     phi, pull = call.feature_map.of, call.feature_map.vjp
     if isinstance(call.q, Arithmetic):
         to_q, to_k, dv = call.q.linear_backward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps, do)

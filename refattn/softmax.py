@@ -132,7 +132,7 @@ def attend(
            [2.]])
     """
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
-    return _forward(call, engines.choose(backend)).o
+    return _forward(call, engines.choose(backend, "softmax")).o
 
 
 def partial(
@@ -160,7 +160,7 @@ def partial(
     array([0.69314718])
     """
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
-    return _forward(call, engines.choose(backend))
+    return _forward(call, engines.choose(backend, "softmax"))
 
 
 def weights(
@@ -184,7 +184,9 @@ def weights(
     >>> softmax.weights([[0.0]], [[0.0], [0.0]])
     array([[0.5, 0.5]])
     """
-    call = engines.problem(q, k, None, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
+    call = engines.problem(
+        q, k, _check.WEIGHTS, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
+    )
     T, S, _, _ = call.sizes
     if isinstance(call.q, Arithmetic):
         return call.q.softmax_forward(call.one(0))[0]
@@ -244,10 +246,10 @@ def vjp(
     """
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     T, _, _, E = call.sizes
-    do = _check.cotangent("do", do, "T E", (*call.leads.shape, T, E), "the output's shape")
+    do = _check.shaped("do", do, "T E", (*call.leads.shape, T, E))
     if dlse is not None:
-        dlse = _check.cotangent("dlse", dlse, "T", (*call.leads.shape, T), "lse's shape")
-    chosen = engines.choose(backend)
+        dlse = _check.shaped("dlse", dlse, "T", (*call.leads.shape, T))
+    chosen = engines.choose(backend, "softmax")
     if isinstance(call.q, Arithmetic):
         return Gradients(*call.q.softmax_backward(call.one(0), do, dlse))
     if chosen.name != "numpy":
@@ -265,6 +267,7 @@ def cost(T: int, S: int, D: int, E: int, *, mask: Mask | Pairs | ArrayLike | Non
     >>> softmax.cost(2, 3, 4, 4).flops
     96
     """
+    _check.sizes(T, S, D, E)
     pairs = masks.bind(mask, T, S)
     count = T * S if pairs is None else int(np.max(pairs.count, initial=0))
     return Cost(pairs=count, flops=2 * count * (D + E), bytes=8 * (T + S) * (D + E))
@@ -315,7 +318,7 @@ def _backward(call: Problem, do: NDArray[Any], dlse: NDArray[Any] | None) -> Gra
             g, k, v = rows_of(cotangent, rows), rows_of(one.k, keys), rows_of(one.v, keys)
             p, dp = w / z[:, None], g @ v.T
             if seen is not None:
-                dp = np.where(seen, dp, 0.0)
+                dp, p = np.where(seen, dp, 0.0), np.where(seen, p, 0.0)
                 g = np.where(seen.any(axis=1, keepdims=True), g, 0.0)
             own = dl[rows] - (g * (mix(w, v, seen) / z[:, None])).sum(1)
             ds = p * (dp + own[:, None])

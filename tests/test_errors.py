@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from refattn import Backend, bias, dropped, engines, linear, masks, method, partial, softmax
+from refattn import Backend, bias, dropped, engines, linear, masks, method, partial, rounding, softmax
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer
@@ -290,6 +290,19 @@ CALLS = [
     ("tokens", ValueError, lambda: longformer.attend(Q, K, V, window=1, tokens=(S,))),
     ("tokens", ValueError, lambda: longformer.attend(Q, K, V, window=1, tokens=(-1,))),
     ("tokens", TypeError, lambda: longformer.attend(Q, K, V, window=1, tokens=(0.5,))),
+    ("tokens", TypeError, lambda: longformer.attend(Q, K, V, window=1, tokens=5)),
+    ("v", TypeError, lambda: softmax.attend(Q, K, None)),
+    ("v", TypeError, lambda: linear_transformer.attend(Q, K, None)),
+    ("dtype", ValueError, lambda: softmax.attend(Q, K, V, backend=Backend("numpy", dtype="float32"))),
+    ("mask", ValueError, lambda: rounding.allowance(softmax.attend, Q, K, V, mask=masks.lengths([1, 2]))),
+    ("mask", ValueError, lambda: rounding.allowance(linear_transformer.attend, Q, K, V, mask=masks.lengths([1, 2]))),
+    ("T", ValueError, lambda: softmax.cost(-1, S, D, E)),
+    ("S", TypeError, lambda: linear_transformer.cost(T, "a", D, E)),
+    ("rank", ValueError, lambda: linformer.cost(T, S, D, E, rank=-3)),
+    ("E", ValueError, lambda: linformer.attend(Q, np.ones((2, S, D)), np.ones((2, S, E)), np.ones((3, 1, S)), P)),
+    ("state", TypeError, lambda: linear_transformer.step(3, DO, DO, DO)),
+    ("state.s", ValueError, lambda: linear_transformer.step(linear.State(P, P), DO, DO, DO)),
+    ("state.s", TypeError, lambda: linear_transformer.step(linear.State(P * 1j, P), DO, DO, DO)),
     ("k_global", ValueError, lambda: longformer.attend(Q, K, V, window=1, tokens=(0,), k_global=np.ones((S, D + 1)))),
     ("mask", ValueError, lambda: longformer.attend(Q, K, V, window=1, mask=masks.causal().on(T, S + 1))),
     ("scale", ValueError, lambda: longformer.attend(Q, K, V, window=1, scale=np.nan)),

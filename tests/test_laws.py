@@ -180,6 +180,23 @@ def what_is_not_seen_never_matters(module, data):
         within(g, case.vjp(do)[name], 2 * bounds[name])
 
 
+@law(declares(masks=("any", "prefix")))
+def nan_in_a_row_stays_with_what_the_row_sees(module, data):
+    case = data.draw(cases(module, least=1, masked=True))
+    row = np.arange(case.sizes["T"]) == data.draw(st.integers(0, case.sizes["T"] - 1))
+    with precision():  # balls do not underflow: what is 0 is not seen
+        weights = [w[int(row.argmax())].cells for w in lifted(case).weights().values()]
+    seen = np.array([any(cell != 0 for cell in cells) for cells in zip(*weights, strict=True)], bool)
+    poisoned = poison(case, row, seen & False, row[:, None] & (seen & False))
+    within(poisoned.attend()[~row], case.attend()[~row], 2 * allowance(case)[~row])
+    do = np.ones((case.sizes["T"], case.sizes["E"]))
+    bounds, clean = gradient_allowance(case, do), case.vjp(do)
+    for name, g in poisoned.vjp(np.where(row[:, None], np.nan, do)).items():
+        apart = {"T": ~row, "S": ~seen}.get("".join(letters(case, name)[:1]))
+        if apart is not None and letters(case, name)[1:] != ("S",):
+            within(g[apart], clean[name][apart], 2 * bounds[name][apart])
+
+
 def letters(case, name):
     """Return the axes of an array, by letter; a logit a head has none, and goes with the queries."""
     return tuple(case.method.arrays[name].rstrip("?").split())

@@ -101,7 +101,7 @@ def attend(
            [2.]])
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
-    return linear.forward(call, engines.choose(backend))[0]
+    return linear.forward(call, engines.choose(backend, "linear"))[0]
 
 
 def weights(
@@ -118,7 +118,7 @@ def weights(
     >>> linear_transformer.weights([[0.0]], [[0.0], [1.0]]).round(3)
     array([[0.333, 0.667]])
     """
-    call = linear.problem(q, k, None, feature_map=feature_map, eps=eps, mask=mask)
+    call = linear.problem(q, k, _check.WEIGHTS, feature_map=feature_map, eps=eps, mask=mask)
     if isinstance(call.q, Arithmetic):
         return linear.forward(call, Backend("numpy"))[0]
     T, S, _, _ = call.sizes
@@ -157,7 +157,7 @@ def vjp(
            [0.5]])
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
-    return Gradients(*linear.backward(call, do, engines.choose(backend)))
+    return Gradients(*linear.backward(call, do, engines.choose(backend, "linear")))
 
 
 def step(
@@ -181,7 +181,7 @@ def step(
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=causal(), state=state)
     _check.size("k", call.k.shape[-2], call.q.shape[-2], "S", "q's T")
-    return linear.forward(call, engines.choose(backend))
+    return linear.forward(call, engines.choose(backend, "linear"))
 
 
 def bound(
@@ -283,6 +283,7 @@ def cost(
     >>> linear_transformer.cost(8, 8, 4, 4).pairs
     0
     """
+    _check.sizes(T, S, D, E)
     r = feature_map.of(np.zeros((1, D))).shape[-1]
     return Cost(pairs=0, flops=2 * (T + S) * r * (E + 1), bytes=8 * (T * (D + E) + S * (D + E)))
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, perturbation, softmax
+from refattn import _check, engines, perturbation, softmax
 from refattn._mix import tiles
 from refattn.engines import Backend
 from refattn.heads import leads, matrix, unbroadcast
@@ -106,6 +106,7 @@ def attend(
     array([[2.]])
     """
     q, k, v, E, F = _inputs(q, k, v, E, F)
+    backend = engines.choose(backend, "softmax")
     return softmax.attend(q, E @ k, F @ v, scale=scale, backend=backend)
 
 
@@ -118,7 +119,7 @@ def weights(
     >>> linformer.weights([[1.0]], [[0.0], [2.0]], [[0.5, 0.5]], [[1.0, -1.0]])
     array([[ 1., -1.]])
     """
-    q, k, _, E, F = _inputs(q, k, None, E, F)
+    q, k, _, E, F = _inputs(q, k, _check.WEIGHTS, E, F)
     p = softmax.weights(q, E @ k, scale=scale)
     if F.ndim == 2:
         return p @ F
@@ -151,6 +152,7 @@ def vjp(
     array([[1., 3.]])
     """
     q, k, v, E, F = _inputs(q, k, v, E, F)
+    backend = engines.choose(backend, "softmax")
     g = softmax.vjp(do, q, E @ k, F @ v, scale=scale, backend=backend)
     return Gradients(
         g.q,
@@ -281,6 +283,8 @@ def cost(T: int, S: int, D: int, E: int, *, rank: int) -> Cost:
     >>> linformer.cost(8, 8, 4, 4, rank=2).pairs
     16
     """
+    _check.sizes(T, S, D, E)
+    rank = _check.integer("rank", rank, 1)
     flops = 2 * rank * (T + S) * (D + E)
     return Cost(pairs=T * rank, flops=flops, bytes=8 * (T * (D + E) + S * (D + E) + 2 * rank * S))
 
@@ -294,6 +298,13 @@ def _inputs(q: Any, k: Any, v: Any, E: Any, F: Any) -> tuple[Array, Array, Array
     _check.size("F", F.shape[-2], E.shape[-2], "r", "E")
     if E.shape[-2] < 1:
         raise ValueError("E has r = 0; expected at least 1 projected key")
+    for name, x, like, y in (("E", E, "k", k), ("F", F, "v", v)):
+        try:
+            np.broadcast_shapes(x.shape[:-2], y.shape[:-2])
+        except ValueError:
+            raise ValueError(
+                f"{name} has leading axes {x.shape[:-2]}; expected axes that broadcast with {like}'s, {y.shape[:-2]}"
+            ) from None
     return q, _check.widened(k), _check.widened(v), _check.widened(E), _check.widened(F)
 
 
