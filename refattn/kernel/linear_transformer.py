@@ -85,7 +85,7 @@ def attend(
     Returns
     -------
     (..., T, E) of float64
-        A row that sees nothing is 0.
+        A row that sees nothing is 0. One whose every κ underflows to 0, with ε = 0, is 0/0 = NaN, as IEEE 754 says.
 
     Raises
     ------
@@ -222,10 +222,11 @@ def bound(
     """
     call = linear.problem(q, k, v, feature_map=feature_map, eps=eps, mask=mask)
     sigma = _check.scale(scale, call.q.shape[-1])
-    o = linear.forward(call, Backend("numpy"))[0]
-    out = np.zeros_like(o)
-    for n in range(math.prod(call.leads.shape)):
-        matrix(out, n)[:] = _bound(call, n, matrix(o, n), sigma)
+    with np.errstate(all="ignore"):  # an answer that is 0/0 or overflows has the bound NaN or ∞
+        o = linear.forward(call, Backend("numpy"))[0]
+        out = np.zeros_like(o)
+        for n in range(math.prod(call.leads.shape)):
+            matrix(out, n)[:] = _bound(call, n, matrix(o, n), sigma)
     return out
 
 
@@ -300,8 +301,7 @@ def _bound(call: linear.Problem, n: int, o: NDArray[np.float64], sigma: float) -
         seen = np.arange(len(k)) < ends[rows][:, None]
         kappa = phi(q[rows]) @ fk.T
         positive = seen & (kappa > 0)
-        with np.errstate(invalid="ignore"):
-            ratio = np.log(np.where(positive, kappa, 1.0)) - sigma * (q[rows] @ k.T)
+        ratio = np.log(np.where(positive, kappa, 1.0)) - sigma * (q[rows] @ k.T)
         span = np.where(seen, ratio, -np.inf).max(axis=1) - np.where(seen, ratio, np.inf).min(axis=1)
         sure = (positive == seen).all(axis=1)
         tv = perturbation.tilt_total_variation(np.where(sure, span, 0.0))[:, None]

@@ -201,6 +201,11 @@ def fit(
     E, F : (..., r, S)
         One pair for each key head; r is at most S and the number of queries that share a key head.
 
+    Raises
+    ------
+    ValueError, TypeError
+        Arguments that do not fit, naming them; q and k whose attention weights are not finite.
+
     Examples
     --------
     >>> from refattn.lowrank import linformer
@@ -211,6 +216,8 @@ def fit(
     q, k, v = _check.qkv(q, k, v)
     rank = _check.integer("rank", rank, 1)
     P = softmax.weights(q, k, scale=scale)
+    if not np.isfinite(P).all():
+        raise ValueError("q and k give attention weights that are not finite")
     T, S = P.shape[-2:]
     joined = leads({"q": q.shape[:-2]}, {"k": k.shape[:-2]})
     keys = math.prod(k.shape[:-2])
