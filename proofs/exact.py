@@ -8,11 +8,9 @@ its own error.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import flint
 import numpy as np
 from flint import arb
 from hypothesis import strategies as st
@@ -89,16 +87,6 @@ def two_keys(first: float, span: float) -> Tilt:
 
 
 # --- what really happens ----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def precision(bits: int = 200) -> Iterator[None]:
-    """Compute balls with so many bits."""
-    before, flint.ctx.prec = flint.ctx.prec, bits
-    try:
-        yield
-    finally:
-        flint.ctx.prec = before
 
 
 def exact(x: Sequence[float] | Array) -> list[arb]:

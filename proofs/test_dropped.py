@@ -47,7 +47,6 @@ whose logit is off by ε is off by a factor within e^±ε.
 
 import itertools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -68,7 +67,6 @@ from proofs.exact import (
     grid,
     number,
     on_grid,
-    precision,
     row,
     slack,
     weights,
@@ -76,13 +74,6 @@ from proofs.exact import (
 from refattn import dropped, partial, softmax
 from refattn.partial import Partial
 from refattn.rounding import gamma
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exactly() -> Iterator[None]:
-    with precision():
-        yield
-
 
 # --- S1 ---------------------------------------------------------------------------------------------------------------
 

@@ -26,10 +26,8 @@ Numbers are drawn, judged and charged for rounding as `proofs/exact.py` says.
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
-import pytest
 from flint import arb
 from hypothesis import given, target
 from hypothesis import strategies as st
@@ -46,7 +44,6 @@ from proofs.exact import (
     highest,
     norm,
     number,
-    precision,
     row,
     slack,
     span_of,
@@ -54,13 +51,6 @@ from proofs.exact import (
     tilts,
 )
 from refattn import perturbation as pt
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exactly() -> Iterator[None]:
-    with precision():
-        yield
-
 
 # --- P7 ---------------------------------------------------------------------------------------------------------------
 

@@ -75,7 +75,6 @@ Numbers are drawn, judged and charged for rounding as `proofs/exact.py` says.
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -99,7 +98,6 @@ from proofs.exact import (
     highest,
     number,
     on_grid,
-    precision,
     row,
     slack,
     span_of,
@@ -110,13 +108,6 @@ from proofs.exact import (
 )
 from refattn import perturbation as pt
 from refattn.rounding import gamma
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exactly() -> Iterator[None]:
-    with precision():
-        yield
-
 
 # --- P1 ---------------------------------------------------------------------------------------------------------------
 

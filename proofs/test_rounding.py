@@ -123,7 +123,6 @@ from proofs.exact import (
     norm,
     number,
     on_grid,
-    precision,
     row,
     slack,
     tilted,
@@ -136,6 +135,7 @@ from refattn import bias, masks, partial, rounding, softmax
 from refattn import perturbation as pt
 from refattn.rounding import gamma
 from refattn.testing import Ball
+from refattn.testing.ball import precision
 
 # --- problems ---------------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ from hypothesis import assume, given, target
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from proofs.exact import LIBM, SHARP, Array, Tight, distance, dot, exact, grid, number, precision, row, slack, weights
+from proofs.exact import LIBM, SHARP, Array, Tight, distance, dot, exact, grid, number, row, slack, weights
 from refattn import linear, masks, rounding, softmax
 from refattn import perturbation as pt
 from refattn.kernel import FeatureMap, elu_plus_one, linear_transformer
@@ -63,12 +63,6 @@ plain = FeatureMap("identity", lambda x: x, lambda dphi, x: dphi)
 power = FeatureMap(
     "x^64", lambda x: functools.reduce(lambda y, _: y * y, range(6), x), lambda dphi, x: dphi * 64 * x**63
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exactly() -> Iterator[None]:
-    with precision():
-        yield
 
 
 class Case(NamedTuple):

@@ -28,7 +28,6 @@ L5  Statement    (a) F fixed, r < n: some v ≠ 0 in its kernel has õ = 0 for a
 Numbers are judged and charged for rounding as `proofs/exact.py` says.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import flint
@@ -38,17 +37,11 @@ from flint import arb
 from hypothesis import given, target
 from hypothesis import strategies as st
 
-from proofs.exact import LIBM, SHARP, SPANS, Array, Tight, dot, number, on_grid, precision, slack
+from proofs.exact import LIBM, SHARP, SPANS, Array, Tight, dot, number, on_grid, slack
 from refattn import perturbation, rounding, softmax
 from refattn.lowrank import linformer
 from refattn.rounding import Bounded, U, gamma
 from refattn.testing import Ball
-
-
-@pytest.fixture(autouse=True, scope="module")
-def exactly() -> Iterator[None]:
-    with precision():
-        yield
 
 
 class Case(NamedTuple):
