@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     SystemExit: 2
     """
     click = _need("click")
+    screen: Any = sys.stdout
+    if isinstance(screen, io.TextIOWrapper):
+        screen.reconfigure(errors="replace")  # not every terminal has a ÷
     try:
         given = None if arguments is None else list(arguments)
         code = _command().main(args=given, prog_name="refattn", standalone_mode=False)
@@ -33,7 +38,24 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = 130
+    except OSError as error:
+        _deafen()
+        print(f"refattn: cannot write the answer: {error.strerror or error}", file=sys.stderr)
+        code = 2
+    except SystemExit as stopped:
+        if stopped.code != 1:
+            raise
+        _deafen()  # only Click and Rich exit with 1, and where the reader of a pipe left; here 1 is a violation
+        code = 128 + 13
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _deafen() -> None:
+    """Send what is still buffered nowhere: Python flushes standard output once more as it exits."""
+    with suppress(AttributeError, OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _need(*names: str) -> Any:
@@ -77,15 +99,12 @@ def _command() -> click.Group:
         released model that comes with the package is used.
         """
         _need("rich", *(["matplotlib"] if out else []))
-        if out and out.exists() and not out.is_dir():
-            raise click.BadParameter(f"--out: {out} is a file; expected a folder", param_hint=None)
         names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-        tables = _study(_captures(files), causal=causal, scale=scale, methods=names, seed=seed)
-        if out:
-            try:
-                _write(out, tables)
-            except OSError as error:
-                raise click.UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from None
+        with warnings.catch_warnings(), _folder(out) if out else nullcontext() as scratch:
+            warnings.simplefilter("ignore")  # the table says what is not finite
+            tables = _study(_captures(files), causal=causal, scale=scale, methods=names, seed=seed)
+            if out and scratch:
+                _write(scratch, out, tables)
         return 1 if any(table.violations for table in tables) else 0
 
     return group
@@ -142,25 +161,54 @@ def _compare(name: str, capture: Capture, *, causal: bool, **options: Any) -> Ta
             return study.compare(*capture, mask=mask, title=title, progress=progress, **options)
         except (ValueError, TypeError) as error:
             raise click.UsageError(f"{name}: {error}") from None
+        except MemoryError as error:
+            raise click.UsageError(f"{name}: not enough memory: {error}") from None
 
 
-def _write(out: Path, tables: Sequence[Table]) -> None:
-    """Write both files under other names first, so that what stands there is whole."""
+OUTPUTS = ("study.csv", "study.png")
+
+
+@contextmanager
+def _folder(out: Path) -> Generator[Path]:
+    """Make the folder before the study, with a scratch folder in it; on failure take away every folder made."""
+    made: list[Path] = []
+    try:
+        with _writing(out):
+            made = [folder for folder in (out, *out.parents) if not folder.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            for name in OUTPUTS:
+                if (out / name).is_dir():
+                    raise IsADirectoryError(f"{name} there is a folder")
+            scratch = tempfile.TemporaryDirectory(dir=out, prefix=".study-")
+        with scratch as name:
+            yield Path(name)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _write(scratch: Path, out: Path, tables: Sequence[Table]) -> None:
+    """Write both files into the scratch folder first, so that what stands in the other is whole."""
     from refattn import study
 
-    existed = out.exists()
-    out.mkdir(parents=True, exist_ok=True)
+    with _writing(out):
+        for name, write in zip(OUTPUTS, (study.write_csv, study.plot), strict=True):
+            write(scratch / name, tables)
+        for name in OUTPUTS:
+            os.replace(scratch / name, out / name)
+
+
+@contextmanager
+def _writing(out: Path) -> Generator[None]:
+    import click
+
     try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=".study-") as folder:
-            study.write_csv(Path(folder) / "study.csv", tables)
-            study.plot(Path(folder) / "study.png", tables)
-            for name in ("study.csv", "study.png"):
-                os.replace(Path(folder) / name, out / name)
-    except BaseException:
-        if not existed:
-            with suppress(OSError):
-                out.rmdir()
-        raise
+        yield
+    except Exception as error:
+        why = (isinstance(error, OSError) and error.strerror) or error
+        raise click.UsageError(f"--out: cannot write to {out}: {why}") from None
 
 
 def _line(message: str) -> str:

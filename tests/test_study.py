@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from refattn.testing import assert_within
 
 RNG = np.random.default_rng(7)
 Q, K, V = RNG.standard_normal((2, 4, 24, 6)), RNG.standard_normal((2, 2, 32, 6)), RNG.standard_normal((2, 2, 32, 5))
+ROOT = Path(cli.__file__).parents[1]
 METHODS = [name for name, module in method.modules().items() if module.METHOD.approximates]
 
 
@@ -80,7 +82,7 @@ def test_the_error_columns_are_those_of_the_dense_formulas() -> None:
     error, spread = np.abs(dense(q, k, v)), v.max(axis=0) - v.min(axis=0)
     both = rounding.allowance(longformer.attend, q, k, v, window=2) + rounding.allowance(softmax.attend, q, k, v)
     slack = both + rounding.allowance(dense, q, k, v) + 2 * rounding.U * error
-    mean = rounding.gamma(error.size + 4)  # the sums of a mean, its root, and a division by the spread
+    mean = rounding.gamma(error.size + 6)  # the sums of a mean, its root, and divisions by the largest and the spread
     assert_within(row.error_max, error.max(), slack.max())
     assert_within(row.error_rms, np.sqrt((error**2).mean()), slack.max() + mean * error.max())
     relative = error / spread
@@ -137,6 +139,47 @@ def test_a_bound_that_is_nan_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> 
     assert study.compare(Q, K, V).rows[0].holds is False
 
 
+OVERFLOWING = {
+    "features underflow": {"q": Q - 900},
+    "features overflow": {"q": 1e150 * Q, "k": 1e150 * K},
+    "values overflow": {"v": 3e307 * V},
+}
+
+
+@pytest.mark.parametrize("case", OVERFLOWING)
+def test_an_answer_that_is_not_finite_is_no_violation(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(saved(tmp_path / "a.npz", **OVERFLOWING[case]), "--out", str(tmp_path / "out")) == 0
+    shown, said = capsys.readouterr()
+    assert said == "" and "VIOLATED" not in shown
+    (line,) = shown.split("linear_transformer, against softmax, unmasked\n")[1].splitlines()
+    assert line.endswith(" not finite") and max(map(len, shown.splitlines()[1:])) <= 80
+
+
+def test_one_answer_that_is_not_finite_does_not_hide_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(method, "modules", lambda: planted(0.01))
+    q = Q.copy()
+    q[0, 0, 0] = -900
+    with np.errstate(invalid="ignore"):
+        (row,) = study.compare(q, K, V).rows
+    assert np.isnan(row.error_max) and np.isnan(row.error_relative) and row.holds is False
+
+
+def test_a_row_of_linear_attention_whose_features_underflow_is_nan_and_its_bound_does_not_warn() -> None:
+    q = np.array([[-900.0], [0.0]])
+    with pytest.warns(RuntimeWarning, match="divide"):
+        o = linear_transformer.attend(q, q[1:], q[1:])
+    assert np.isnan(o[0]) and o[1] == 0
+    assert np.isnan(linear_transformer.bound(q, q[1:], q[1:])[0])
+
+
+def test_the_root_mean_square_neither_overflows_nor_underflows() -> None:
+    for size in (1e-250, 1e250):
+        for row in study.compare(Q, K, size * V, methods=["longformer"]).rows:
+            assert 0 < row.error_rms <= row.error_max < np.inf
+
+
 def test_a_table_comes_back_from_csv_bit_for_bit(tmp_path: Path) -> None:
     table = study.compare(Q, K, V, title="drawn")
     study.write_csv(tmp_path / "t.csv", [table])
@@ -185,17 +228,93 @@ def test_out_gets_a_table_and_a_picture_of_all_files(tmp_path: Path, capsys: pyt
     assert {line.split('"')[1] for line in lines[1:]} == {f"{name}, causal" for name in files}
 
 
-def test_nothing_half_written_is_left(
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_that_cannot_be_used_is_refused_before_the_study(
+    made: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the study ran before its folder was tried")
+
+    monkeypatch.setattr(study, "compare", worked)
+    out = tmp_path / "new" / "out" / ("x" * 300)
+    if made:
+        out = tmp_path / "out"
+        (out / "study.png").mkdir(parents=True)
+        (out / "study.csv").write_text("kept")
+    assert run(saved(tmp_path / "a.npz"), "--out", str(out)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--out" in said
+    assert not (tmp_path / "new").exists() and (not made or len(list(out.iterdir())) == 2)
+
+
+@pytest.mark.parametrize("error", [ValueError("no font"), MemoryError("no room"), OSError(28, "No space left")])
+def test_whatever_goes_wrong_in_writing_is_said_in_one_line_and_leaves_nothing(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failed(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(study, "plot", failed)
+    out = tmp_path / "new" / "out"
+    assert run(saved(tmp_path / "a.npz"), "--methods", "longformer", "--out", str(out)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--out" in said and error.args[-1] in said
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("v", [np.ones_like(V), np.linspace(0, 1e-290, V.size).reshape(V.shape)])
+def test_a_picture_without_a_positive_error_is_drawn(v: Any, tmp_path: Path) -> None:
+    file, out = saved(tmp_path / "a$b_$.npz", v=v), tmp_path / "out"
+    assert run(file, "--methods", "longformer,linear_transformer", "--out", str(out)) == 0
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_too_little_memory_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("Unable to allocate 7 TiB")
 
-    monkeypatch.setattr(study, "plot", full)
-    assert run(saved(tmp_path / "a.npz"), "--methods", "longformer", "--out", str(tmp_path / "out")) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "--out" in said and "No space left" in said
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(study, "compare", full)
+    assert run(saved(tmp_path / "a.npz")) == 2
+    assert capsys.readouterr().err.endswith("a.npz: not enough memory: Unable to allocate 7 TiB\n")
+
+
+def piped(stdout: Any, *arguments: str, **environment: str) -> tuple[int, bytes]:
+    """Run the command as a process that writes there; return its code and what it said on standard error."""
+    script = "import sys; from refattn.cli import main; main(sys.argv[1:])"
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "backends")))
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=os.environ | {"PYTHONPATH": paths} | environment,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["study", "--methods", "linear_transformer"], ["--help"]])
+def test_a_reader_that_left_is_no_violation(arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert piped(writer, *arguments) == (141, b"")
+    finally:
+        os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device here")
+def test_a_full_device_is_said_in_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        code, said = piped(full, "study", "--methods", "linear_transformer")
+    assert code == 2 and said.count(b"\n") == 1 and b"No space left" in said
+
+
+def test_a_terminal_without_the_signs_gets_the_table(tmp_path: Path) -> None:
+    with open(tmp_path / "shown", "wb") as shown:
+        arguments = ("study", "--methods", "linear_transformer")
+        assert piped(shown, *arguments, PYTHONIOENCODING="ascii", PYTHONUTF8="0") == (0, b"")
+    assert b"flops? " in (tmp_path / "shown").read_bytes()
 
 
 def ragged() -> Any:
@@ -261,6 +380,42 @@ def test_a_file_that_is_no_capture_is_refused_in_one_line(
     refused(capsys, tmp_path, str(path), words)
 
 
+def header(text: str) -> bytes:
+    """Return the head of an .npy file."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize("case", ["header cut", "header odd", "shape beyond integers", "shape beyond memory", "LZMA"])
+def test_an_array_that_cannot_be_read_is_named_in_one_line(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "{'descr': '<f8', 'fortran_order': False, 'shape': (%s, 3), }\n"
+    member = {
+        "header cut": header(text[:20]),
+        "header odd": header("{'descr': }"),
+        "shape beyond integers": header(text % 10**31),
+        "shape beyond memory": header(text % 10**17) + bytes(24),
+        "LZMA": header(text % 400) + RNG.bytes(9600),
+    }[case]
+    how = zipfile.ZIP_LZMA if case == "LZMA" else zipfile.ZIP_STORED
+    path = tmp_path / "bad.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("q.npy", bytes_of(Q))
+        file.writestr("k.npy", member, how)
+        file.writestr("v.npy", bytes_of(V))
+    if case == "LZMA":
+        whole = path.read_bytes()
+        at = whole.index(b"k.npy") + 5
+        path.write_bytes(whole[: at + 40] + b"\xff" * 400 + whole[at + 440 :])
+    refused(capsys, tmp_path, str(path), ": k ")
+
+
+def bytes_of(x: Any) -> bytes:
+    file = io.BytesIO()
+    np.save(file, x)
+    return file.getvalue()
+
+
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, words: str) -> None:
     good, out = saved(tmp_path / "good.npz"), tmp_path / "out"
     assert run(good, file, "--methods", "linear_transformer", "--out", str(out)) == 2
@@ -289,6 +444,12 @@ def test_a_bad_option_is_refused_in_one_line(
     assert said.err.count("\n") == 1 and words in said.err and said.out == ""
 
 
+def test_a_scale_that_overflows_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path / "a.npz")
+    assert run(file, "--scale", "1e308") == 2
+    assert capsys.readouterr().err == f"refattn: {file}: q and k give attention weights that are not finite\n"
+
+
 @pytest.mark.parametrize("name", ["rich", "click", "matplotlib"])
 def test_a_missing_extra_is_named_with_the_pip_line(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -301,8 +462,7 @@ def test_a_missing_extra_is_named_with_the_pip_line(
 
 def test_importing_the_study_loads_no_extra() -> None:
     script = "import sys, refattn.cli, refattn.study; print({'click', 'rich', 'matplotlib'} & set(sys.modules))"
-    root = Path(cli.__file__).parents[1]
-    paths = os.pathsep.join((str(root), str(root / "backends")))
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "backends")))
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
     assert done.stdout.split() == [b"set()"], done.stderr
 

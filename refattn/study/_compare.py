@@ -73,6 +73,7 @@ def compare(
     .. math:: |\mathrm{fl}(\tilde o) - \mathrm{fl}(o)| \le \mathrm{bound} + \mathrm{rounding}
 
     with the rounding of both answers, derived from the arrays by `refattn.rounding.allowance`, and of the bound itself.
+    Where an answer or its rounding is not finite, as when logits or values overflow, there is nothing to compare.
 
     Parameters
     ----------
@@ -253,7 +254,8 @@ def _over(x: Array, spread: Array) -> Array:
 
 def _row(sweep: _Sweep, reference: str, cost: float, found: Sequence[_Measured]) -> Row:
     error, spread, slack = (np.array([getattr(x, field) for x in found]) for field in ("error", "spread", "slack"))
-    sure = error > slack
+    known = np.isfinite(error) & np.isfinite(slack)
+    sure = known & (error > slack)
     row = Row(
         method=sweep.name,
         budget="" if sweep.budget is None else f"{sweep.budget[0]}={sweep.budget[1]}",
@@ -261,21 +263,23 @@ def _row(sweep: _Sweep, reference: str, cost: float, found: Sequence[_Measured])
         cost=cost,
         error_max=float(error.max()),
         error_rms=_rms(error),
-        error_relative=_rms(_over(np.where(sure, error, 0.0), spread)),
+        error_relative=_rms(_over(np.where(np.isfinite(error) & ~sure, 0.0, error), spread)),
         seconds=sum(x.seconds for x in found),
     )
     bounds = [x.bound for x in found if x.bound is not None]
     if not bounds:
         return row
     bound = np.array(bounds)
-    kept = (error <= bound + slack).all()
+    kept = (error <= bound + slack)[known].all()
     return row._replace(
         bound_max=float(bound.max()),
         bound_relative=_rms(_over(bound, spread)),
         bound_ratio=float(np.median(bound[sure] / error[sure])) if sure.any() else math.nan,
-        holds=(True if np.isfinite(slack).all() else None) if kept else False,
+        holds=(True if known.all() else None) if kept else False,
     )
 
 
 def _rms(x: Array) -> float:
-    return float(np.sqrt(np.mean(np.square(x))))
+    """Return the root mean square, whose squares neither overflow nor underflow together."""
+    top = float(x.max())
+    return top * float(np.sqrt(np.mean(np.square(x / top)))) if 0 < top < np.inf else top

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from importlib import resources
 from os import PathLike
 from typing import Any, NamedTuple
@@ -23,7 +21,6 @@ class Capture(NamedTuple):
 
 
 _AXES = {"q": "T D", "k": "S D", "v": "S E"}
-_BROKEN = (OSError, EOFError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def read(path: str | PathLike[str]) -> Capture:
@@ -49,7 +46,7 @@ def read(path: str | PathLike[str]) -> Capture:
     with file:
         try:
             stored = np.load(file, allow_pickle=False)
-        except _BROKEN:
+        except Exception:  # whatever NumPy and the archive's decoders raise, such as tokenize.TokenError
             raise ValueError("the file is not an .npz archive, or is truncated") from None
         if not isinstance(stored, np.lib.npyio.NpzFile):
             raise ValueError("the file holds one array; expected an .npz archive of q, k and v")
@@ -75,16 +72,19 @@ def sample() -> Capture:
 
 def _array(stored: Any, name: str, axes: str) -> NDArray[Any]:
     try:
-        x = stored[name]
+        try:
+            x = stored[name]
+        except MemoryError:
+            raise
+        except Exception as error:
+            if "allow_pickle" in str(error):
+                raise TypeError(f"{name} holds Python objects (it may be ragged); expected real numbers") from None
+            raise ValueError(f"{name} cannot be read; the file is truncated or damaged") from None
+        if not isinstance(x, np.ndarray):
+            raise ValueError(f"{name} is not an array")
+        return finite(name, x, axes)
     except MemoryError:
         raise ValueError(f"{name} is too large for this machine's memory") from None
-    except _BROKEN as error:
-        if "allow_pickle" in str(error):
-            raise TypeError(f"{name} holds Python objects (it may be ragged); expected real numbers") from None
-        raise ValueError(f"{name} cannot be read; the file is truncated or damaged") from None
-    if not isinstance(x, np.ndarray):
-        raise ValueError(f"{name} is not an array")
-    return finite(name, x, axes)
 
 
 def finite(name: str, value: Any, axes: str) -> NDArray[Any]:

@@ -36,8 +36,8 @@ class Row(NamedTuple):
     bound_ratio
         Median of bound ÷ error over the elements whose error is above rounding; NaN where there is none.
     holds
-        Whether every element's error is within bound and rounding; None where there is no claim, or the rounding
-        itself has no finite bound.
+        Whether every element's error is within bound and rounding; None where there is no claim, or where some
+        answer or its rounding is not finite and no other element fails.
     """
 
     method: str
@@ -56,13 +56,13 @@ class Row(NamedTuple):
 
 HEADINGS: Mapping[str, str] = {
     "budget": "budget",
-    "cost": "flops ÷ exact",
+    "cost": "flops÷ exact",
     "error_max": "error max",
     "error_rms": "error RMS",
-    "error_relative": "error ÷ spread",
+    "error_relative": "error÷ spread",
     "bound_max": "bound max",
-    "bound_relative": "bound ÷ spread",
-    "bound_ratio": "bound ÷ error",
+    "bound_relative": "bound÷ spread",
+    "bound_ratio": "bound÷ error",
     "seconds": "s",
     "holds": "holds",
 }
@@ -81,10 +81,10 @@ class Table:
     >>> row = Row(method="none", budget="", reference="softmax, unmasked", cost=0.5, seconds=0.01, **errors)
     >>> print(Table([row], "toy"))
     toy
-             flops error error    error bound    bound   bound
-    budget ÷ exact   max   RMS ÷ spread   max ÷ spread ÷ error    s holds
+           flops÷ error error error÷ bound bound÷ bound÷
+    budget  exact   max   RMS spread   max spread  error    s holds
     none, against softmax, unmasked
-    —          0.5  0.25   0.1      0.2     —        —       — 0.01     —
+    —         0.5  0.25   0.1    0.2     —      —      — 0.01     —
     """
 
     def __init__(self, rows: Iterable[Row], title: str = "") -> None:
@@ -131,7 +131,7 @@ class Table:
 
 def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
     """Write the rows of several tables, titles in the first column; floats come back bit for bit, None is empty."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["input", *Row._fields])
         writer.writerows([table.title, *row] for table in tables for row in table.rows)
@@ -139,8 +139,14 @@ def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
 
 def _cell(row: Row, name: str) -> str:
     x: Any = getattr(row, name)
+    if name == "holds" and x is None and row.bound_max is not None:
+        return "not finite"
     if x is None or x == "" or x != x:
         return "—"
     if name == "holds":
         return "yes" if x else "VIOLATED"
-    return x if isinstance(x, str) else f"{x:.2f}" if name == "seconds" else f"{x:.3g}"
+    if isinstance(x, str):
+        return x
+    if name == "seconds":
+        return f"{x:.2f}"
+    return f"{x:.3g}" if x == 0 or 1e-3 <= x < 1e3 else f"{x:.1e}"
