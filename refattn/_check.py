@@ -26,6 +26,8 @@ def array(name: str, value: Any, axes: str) -> NDArray[Any]:
         if value.ndim != ndim:
             raise ValueError(f"{name} has shape {value.shape}; another arithmetic takes exactly ({axes})")
         return cast("NDArray[Any]", value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would be ignored; pass its data, and its mask as mask=…")
     try:
         x = np.asarray(value)
     except ValueError as error:
@@ -97,6 +99,8 @@ def finite(name: str, value: Any) -> float:
         x = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name} is {value!r}; expected a real number") from None
+    except OverflowError:
+        raise ValueError(f"{name} is beyond the range of float64; expected a finite number") from None
     if not math.isfinite(x):
         raise ValueError(f"{name} is {x}; expected a finite number")
     return x

@@ -100,6 +100,14 @@ def test_floats_wider_than_float64_are_refused(module, verb, name):
     refuses(TypeError, name, lambda: call(module, verb, {**arrays, name: arrays[name].astype(np.longdouble)}))
 
 
+@pytest.mark.parametrize(("module", "verb", "name"), VERBS, ids=VERB_IDS)
+def test_masks_of_masked_arrays_are_not_ignored(module, verb, name):
+    arrays = arguments(module)
+    for mask in (True, False):
+        bad = np.ma.masked_array(arrays[name], mask)
+        refuses(TypeError, name, lambda bad=bad: call(module, verb, {**arrays, name: bad}))
+
+
 MATRICES = [case for case in VERBS if len(case[0].METHOD.arrays[case[2]].rstrip("?").split()) == 2]
 MATRIX_IDS = [VERB_IDS[VERBS.index(case)] for case in MATRICES]
 
@@ -174,6 +182,7 @@ OPTIONS = [
     ({"sink": 1j}, TypeError, "sink"),
     ({"scale": np.nan}, ValueError, "scale"),
     ({"scale": np.inf}, ValueError, "scale"),
+    ({"scale": 10**400}, ValueError, "scale"),
     ({"scale": "1"}, TypeError, "scale"),
     ({"scale": True}, TypeError, "scale"),
     ({"scale": 1j}, TypeError, "scale"),
@@ -182,6 +191,7 @@ OPTIONS = [
     ({"softcap": -1.0}, ValueError, "softcap"),
     ({"softcap": np.nan}, ValueError, "softcap"),
     ({"softcap": np.inf}, ValueError, "softcap"),
+    ({"softcap": -(10**400)}, ValueError, "softcap"),
     ({"softcap": "30"}, TypeError, "softcap"),
     ({"softcap": True}, TypeError, "softcap"),
     ({"order": "softcap"}, ValueError, "order"),
