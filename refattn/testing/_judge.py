@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from refattn import _check
+from refattn.arithmetic import Arithmetic
 from refattn.testing.ball import Ball
+
+Array = NDArray[np.float64]
 
 
 def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLike, *, empty: bool = False) -> float:
@@ -34,10 +38,12 @@ def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLik
     Raises
     ------
     AssertionError
-        An error above its bound, NaN or infinity that is not expected, or another shape. The message has the worst
-        index, both values, the error and the allowance.
-    ValueError
-        A bound that is not finite, or negative, or nothing to judge.
+        An error above its bound, NaN or infinity that is not expected, another shape, or an answer that is not an
+        array of real numbers that float64 holds. The message has the worst index, both values, the error and the
+        allowance.
+    ValueError, TypeError
+        A bound that is not finite, or negative, nothing to judge, or a truth or bound that is not an array of real
+        numbers that float64 holds.
 
     Examples
     --------
@@ -45,13 +51,13 @@ def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLik
     >>> assert_within([1.0], [1.5], [1.0])
     0.5
     """
-    a, b = np.asarray(actual), np.asarray(bound, np.float64)
-    if a.dtype.kind not in "fiu" and a.dtype.name != "bfloat16":
-        raise AssertionError(f"actual has dtype {a.dtype}; expected real numbers")
-    a = a.astype(np.float64)
-    shape = expected.shape if isinstance(expected, Ball) else np.shape(expected)
-    if a.shape != shape:
-        raise AssertionError(f"actual has shape {a.shape}; expected {shape}")
+    try:
+        a = _reals("actual", actual)
+    except (TypeError, ValueError) as error:
+        raise AssertionError(str(error)) from None
+    expected, b = expected if isinstance(expected, Ball) else _reals("expected", expected), _reals("bound", bound)
+    if a.shape != expected.shape:
+        raise AssertionError(f"actual has shape {a.shape}; expected {expected.shape}")
     try:
         b = np.broadcast_to(b, a.shape)
     except ValueError:
@@ -77,13 +83,19 @@ def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLik
     return float(ratio[worst])
 
 
-def _distance(a: Any, expected: Any) -> tuple[Any, Any]:
+def _reals(name: str, value: Any) -> Array:
+    """Return real numbers that float64 holds; what it would round or leave out, an error could hide in."""
+    if isinstance(value, Arithmetic):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an array of real numbers")
+    return _check.array(name, value, "").astype(np.float64)
+
+
+def _distance(a: Array, x: Array | Ball) -> tuple[Array, Array]:
     """Return the truth in float64 and an upper bound of |a − truth|; infinities of one sign agree."""
-    if isinstance(expected, Ball):
-        return expected.floats(), expected.distance(a)
-    x = np.asarray(expected, np.float64)
+    if isinstance(x, Ball):
+        return x.floats(), x.distance(a)
     with np.errstate(invalid="ignore", over="ignore"):
-        error: NDArray[np.float64] = a - x
+        error: Array = a - x
         # what rounding took from the difference, exactly (Knuth's two-sum): an error is never rounded down to its bound
         back = error - a
         lost = (a - (error - back)) - (x + back)
