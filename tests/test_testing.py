@@ -1,5 +1,6 @@
 """The judges' own trial: `assert_within`, `Ball`, `Bounded` and `allowance` convict the guilty and no one else."""
 
+import itertools
 import math
 import operator
 from fractions import Fraction
@@ -136,6 +137,37 @@ def test_answers_that_are_not_real_numbers_are_guilty(dtype):
         assert_within(TRUTH.astype(dtype), TRUTH, 10.0)
 
 
+WIDE = np.longdouble(1) + np.longdouble(2) ** -60
+NOT_HELD = {
+    "complex": [1 + 5j],
+    "a large integer": [2**53 + 1],
+    "a long double": pytest.param(
+        [WIDE], marks=pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is float64 here")
+    ),
+    "strings": ["1"],
+    "booleans": [True],
+    "objects": [Fraction(1)],
+    "a masked array": np.ma.masked_array([1.0], [True]),
+    "another arithmetic": Bounded([1.0], [0.0]),
+}
+
+
+@pytest.mark.parametrize("numbers", NOT_HELD.values(), ids=NOT_HELD)
+def test_nothing_hides_in_numbers_that_float64_does_not_hold(numbers):
+    for hidden in (numbers, np.asarray(numbers) if isinstance(numbers, list) else numbers):
+        with pytest.raises(AssertionError, match="actual "):
+            assert_within(hidden, [1.0], [1e300])
+        with pytest.raises((ValueError, TypeError), match="expected "):
+            assert_within([1.0], hidden, [1e300])
+        with pytest.raises((ValueError, TypeError), match="bound "):
+            assert_within([1.0], [1.0], hidden)
+
+
+def test_an_answer_in_balls_is_guilty():
+    with pytest.raises(AssertionError, match="actual is a Ball"):
+        assert_within(Ball.lift([1.0]), [1.0], [1.0])
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16, np.int8])
 def test_narrow_answers_are_judged_as_they_are(dtype):
     assert assert_within(TRUTH.astype(dtype), TRUTH, 0.0) == 0.0
@@ -224,6 +256,43 @@ def test_derivatives_are_the_known_ones():
     product = Ball.along([[1.0, 2.0]], [[1.0, 0.0]]) @ Ball.along([[3.0], [5.0]], [[0.0], [1.0]])
     assert product.derivative().cells.item() == 5
     assert (Ball.lift(2.0) * 2.0).derivative().cells.item() == 0
+
+
+OVERLAPPING = [((1, 0.2), (1.05, 0.01)), ((1, 0.5), (2, 0.5)), ((0, 1), (0, 1)), ((3, 0), (3, 1))]
+
+
+@pytest.mark.parametrize(("x", "y"), OVERLAPPING)
+def test_extremes_of_balls_that_overlap_are_enclosed(x, y):
+    one, other = arb(*x), arb(*y)
+    for first, second in ((one, other), (other, one)):
+        for got, pick in ((np.maximum, max), (np.minimum, min)):
+            ball = got(Ball(first), Ball(second)).cells.item()
+            for a, b in itertools.product(*((c.lower(), c.mid(), c.upper()) for c in (first, second))):
+                assert ball.overlaps(pick(a, b))
+            assert ball.rad() <= one.rad() + other.rad() + abs(one.mid() - other.mid())
+
+
+def test_infinities_have_extremes():
+    assert np.minimum(Ball.lift(-np.inf), 1.0).cells.item() == arb("-inf")
+    assert np.maximum(Ball.lift(-np.inf), 1.0).cells.item() == 1
+    assert np.maximum(Ball.lift(np.inf), Ball(arb(1, 0.5))).cells.item() == arb("inf")
+
+
+def test_of_equal_numbers_the_larger_is_the_second_and_the_smaller_the_first():
+    first, second = Ball.along(0.0, 1.0), Ball.along(0.0, 2.0)
+    assert np.maximum(first, second).derivative().cells.item() == 2
+    assert np.minimum(first, second).derivative().cells.item() == 1
+    assert slope(lambda x: np.maximum(x, 0.0) + np.exp(np.minimum(x, 0.0)), 0.0) == 1
+
+
+@pytest.mark.parametrize("extreme", [np.maximum, np.minimum])
+def test_the_slope_of_an_extreme_that_is_not_known_is_refused(extreme):
+    third = Ball.along(1.0, 1.0) / 3.0
+    assert extreme(third, 0.25).derivative().cells.item().overlaps(arb(1) / 3) == (extreme is np.maximum)
+    for other in (1.0 / Ball.lift(3.0), Ball(arb(0.25, 0.25))):
+        for pair in ((third, other), (other, third)):
+            with pytest.raises(ValueError, match="derivative"):
+                extreme(*pair)
 
 
 @pytest.mark.parametrize("x", [0.0, 0.5, -2.0, 40.0, -2000.0])

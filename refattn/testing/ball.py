@@ -207,10 +207,10 @@ class Ball(Arithmetic):
         return _pairwise(lambda a, b: a / b, self, other)
 
     def _maximum(self, other: Ball) -> Ball:
-        return _pairwise(lambda a, b: a if _plain(a) > _plain(b) else b, self, other)
+        return _pairwise(_larger, self, other)
 
     def _minimum(self, other: Ball) -> Ball:
-        return _pairwise(lambda a, b: a if _plain(a) <= _plain(b) else b, self, other)
+        return _pairwise(_smaller, self, other)
 
     def _negative(self) -> Ball:
         return Ball(_map(lambda a: -a, self.cells))
@@ -306,6 +306,27 @@ def _above(x: Any) -> float:
 
 def _plain(cell: Any) -> Any:
     return cell.x if isinstance(cell, Dual) else cell
+
+
+def _larger(a: Any, b: Any) -> Any:
+    x, y = _plain(a), _plain(b)
+    if x > y:
+        return a
+    return b if x < y or x == y else _undecided(a, b, x.max(y))
+
+
+def _smaller(a: Any, b: Any) -> Any:
+    x, y = _plain(a), _plain(b)
+    if x < y or x == y:
+        return a
+    return b if x > y else _undecided(a, b, x.min(y))
+
+
+def _undecided(a: Any, b: Any, either: Any) -> Any:
+    """Return what encloses an extreme of balls that overlap; which of the two derivatives it has is not known."""
+    if isinstance(a, Dual) or isinstance(b, Dual):
+        raise ValueError(f"the larger of {_plain(a)} and {_plain(b)} is not known, and so is the derivative")
+    return either
 
 
 def _total(cells: Any) -> Any:
