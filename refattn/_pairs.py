@@ -20,7 +20,8 @@ Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 Shape = tuple[int, ...]
 
-FAR = 2**60  # positions, distances and sizes up to here cannot overflow
+FAR = 2**60  # positions, distances and sizes up to here cannot overflow while the edges' axis is at most this long:
+FLAT = 2**62  # `merge` needs twice an edge and a bit
 AT_ONCE = 2**20  # edges, or pairs of a dense array, that are held at a time
 
 
@@ -98,9 +99,10 @@ class Mask:
         Raises
         ------
         ValueError
-            Arrays, tokens or tables that do not fit these sizes.
+            Arrays, tokens or tables that do not fit these sizes, or T·(S + 1) above 2**62.
         """
         rows, keys = integer("T", T, 0), integer("S", S, 0)
+        flat("T", rows, keys)
         self._fits(rows, keys, keys - rows, keys - 1)
         return Pairs(self, rows, keys)
 
@@ -191,6 +193,7 @@ class Pairs:
         """
         self._one()
         i = _indices("rows", rows, self.T)
+        flat("rows", len(i), self.S)
         edges, width = self._edges(i), self.S + 1
         row = edges[::2] // width
         indptr = np.searchsorted(row, np.arange(len(i) + 1)).astype(np.int64)
@@ -381,6 +384,12 @@ def integer(name: str, value: Any, least: int) -> int:
     if n > FAR:
         raise ValueError(f"{name} is {n}; expected at most 2**60")
     return n
+
+
+def flat(name: str, rows: int, S: int) -> None:
+    """Refuse rows whose edges would overflow."""
+    if rows * (S + 1) > FLAT:
+        raise ValueError(f"{name} makes {rows} rows; expected at most {FLAT // (S + 1)} with S = {S} keys")
 
 
 def limit(name: str, value: int | None) -> int | None:

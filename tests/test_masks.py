@@ -295,6 +295,17 @@ def test_a_long_mask_answers_for_a_few_rows_without_its_pairs() -> None:
     assert masks.causal().on(n, n).count == n * (n + 1) // 2
 
 
+@pytest.mark.parametrize(("T", "S"), [(1, 2**60), (3, 2**60), (4, 2**60 - 1), (64, 2**56 - 1)])
+def test_the_longest_axes_do_not_overflow(T: int, S: int) -> None:
+    assert masks.causal().on(T, S).count == T * S - T * (T - 1) // 2
+    assert masks.window(1, 0).on(T, S).count == 2 * T
+    assert (masks.causal() & ~masks.window(1, 0)).on(T, S).count == T * (S - 2) - T * (T - 1) // 2
+    runs = (masks.causal() & masks.window(1, 0)).on(T, S).runs(ALL)
+    assert runs.indptr.tolist() == list(range(T + 1))
+    assert runs.start.tolist() == [S - T + i - 1 for i in range(T)]
+    assert runs.stop.tolist() == [S - T + i + 1 for i in range(T)]
+
+
 def test_dilation_and_dense_arrays_are_read_in_blocks_of_rows() -> None:
     n = 8192
     for mask in (masks.dilated(n, n, n // 4), masks.dense(np.eye(n, dtype=bool))):
@@ -388,6 +399,10 @@ def test_binding_takes_what_a_mask_argument_may_be() -> None:
         (lambda: masks.causal().at([0, 1]).on(3, 3), "mask: position has 2 rows, but T = 3"),
         (lambda: masks.causal().at([[0], [0, 1]]), "position is ragged"),
         (lambda: masks.causal().at(2**61), "position"),
+        (lambda: masks.causal().on(64, 2**60), f"T makes 64 rows; expected at most 3 with S = {2**60} keys"),
+        (lambda: masks.window(1, 0).on(64, 2**58), "T makes 64 rows; expected at most 15"),
+        (lambda: masks.causal().on(64, 2**56), "T makes 64 rows; expected at most 63"),
+        (lambda: masks.causal().on(1, 2**60).runs([0] * 4), "rows makes 4 rows; expected at most 3"),
         (lambda: masks.random_blocks([0], 1), "table has shape"),
         (lambda: masks.random_blocks([[-1]], 1), "table holds -1"),
         (lambda: masks.random_blocks([[0]], 2).on(3, 3), "mask: random_blocks has 1 .*positions reach from 0 to 2"),
