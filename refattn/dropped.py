@@ -271,7 +271,8 @@ def mass_from_topk(logits: ArrayLike, keys: ArrayLike) -> Array:
     .. math:: \rho \le \frac{(n - k)\,w_{(k)}}{W_K + (n - k)\,w_{(k)}} \le 1 - \frac kn, \qquad
               w = e^{s}, \quad w_{(k)} = \min_{j \in K} w_j, \quad W_K = \sum_{j \in K} w_j
 
-    Equal when every dropped logit ties with the least kept one. No other set of k keys drops less.
+    Equal when every dropped logit ties with the least kept one. No other set of k keys drops less. Keeping nothing
+    drops everything: 1.
 
     Examples
     --------
@@ -280,7 +281,8 @@ def mass_from_topk(logits: ArrayLike, keys: ArrayLike) -> Array:
     """
     s = np.asarray(_check.array("logits", logits, "k"), np.float64)
     keys = _real("keys", keys, s.shape[-1])
-    return _share(_log(keys - s.shape[-1]) + s.min(axis=-1, initial=np.inf), _lse(s))
+    least = s.min(axis=-1) if s.shape[-1] else np.zeros(s.shape[:-1])  # of nothing kept any number tells the same
+    return _share(_log(keys - s.shape[-1]) + least, _lse(s))
 
 
 def mass_from_decay(slope: ArrayLike, window: ArrayLike, span: ArrayLike, keys: ArrayLike = np.inf) -> Array:

@@ -159,7 +159,8 @@ def tilt_first_order(p: ArrayLike, v: ArrayLike, delta: ArrayLike) -> tuple[Arra
     """
     p, x = _centred(p, v)
     _, slope = _centred(p, delta, "delta")
-    return np.sum(p * slope * x, axis=-1), np.ptp(slope, axis=-1) ** 2 * np.ptp(x, axis=-1) / (12 * np.sqrt(3.0))
+    (low, high), (least, most) = _ends(x), _ends(slope)
+    return np.sum(p * slope * x, axis=-1), (most - least) ** 2 * (high - low) / (12 * np.sqrt(3.0))
 
 
 def box_interval(p: ArrayLike, v: ArrayLike, error: ArrayLike) -> tuple[Array, Array]:
@@ -397,7 +398,7 @@ def projection_deviation(
 
 
 def chebyshev_radius(deviation: ArrayLike, delta: ArrayLike) -> Array:
-    r"""Radius that a variable leaves with probability at most delta, whatever its distribution (L1).
+    r"""Radius that a variable leaves with probability at most 0 < delta < 1, whatever its distribution (L1).
 
     .. math:: \Pr(|X - \mathbb{E}X| > \mathrm{sd}/\sqrt\delta) \le \delta
 
@@ -406,9 +407,10 @@ def chebyshev_radius(deviation: ArrayLike, delta: ArrayLike) -> Array:
     >>> float(chebyshev_radius(0.5, 0.25))
     1.0
     """
-    delta = _real("delta", delta, 0.0, 1.0)
-    if np.any(delta == 0):
-        raise ValueError("delta is 0 somewhere; expected numbers in (0, 1]")
+    delta = _real("delta", delta)
+    wrong = delta[(delta <= 0) | (delta >= 1)]
+    if wrong.size:
+        raise ValueError(f"delta is {wrong[0]:g} somewhere; expected numbers strictly between 0 and 1")
     return _real("deviation", deviation, 0.0) / np.sqrt(delta)
 
 
@@ -426,7 +428,7 @@ def signed_output(p: ArrayLike, a: ArrayLike, v: ArrayLike) -> Array:
     p, a, v = _real("p", p, 0.0), _real("a", a), _real("v", v)
     _same_keys(p, a, "a")
     _same_keys(p, v, "v")
-    high, low = v.max(axis=-1), v.min(axis=-1)
+    low, high = _ends(v)
     moved, surplus = np.sum(np.abs(a - p), axis=-1), np.abs(np.sum(a - p, axis=-1))
     return (high - low) / 2 * moved + np.abs(high + low) / 2 * surplus
 
@@ -512,6 +514,13 @@ def _centred(p: ArrayLike, x: ArrayLike, name: str = "v") -> tuple[Array, Array]
     p, x = _real("p", p, 0.0), _real(name, x)
     _same_keys(p, x, name)
     return p, x - np.sum(p * x, axis=-1, keepdims=True)
+
+
+def _ends(x: Array) -> tuple[Array, Array]:
+    """Least and greatest of each row; 0 and 0 where there is no key."""
+    if x.shape[-1] == 0:
+        return np.zeros(x.shape[:-1]), np.zeros(x.shape[:-1])
+    return x.min(axis=-1), x.max(axis=-1)
 
 
 def _times(factor: Array, size: Array) -> Array:

@@ -87,6 +87,12 @@ def test_rows_that_keep_nothing_lose_everything_and_rows_that_see_nothing_lose_n
     assert dropped.bound(q, k, v, kept=kept, mask=mask).tolist() == [[3.0], [0.0], [0.0]]
 
 
+def test_keeping_none_of_the_largest_drops_everything():
+    assert dropped.mass_from_topk([], 5) == 1.0
+    assert dropped.mass_from_topk(np.zeros((2, 0)), [1, 0]).tolist() == [1.0, 0.0]
+    assert dropped.mass_from_topk([-np.inf], 5) == 0.0
+
+
 def test_the_bound_of_long_sequences_never_holds_every_pair():
     n = 2048
     x = draw(n, 8)

@@ -49,7 +49,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: pt.compose(1.5, 0.0), "dropped is 1.5 somewhere"),
     (lambda: pt.projection_deviation(P, V, 0), "rank is 0"),
     (lambda: pt.projection_deviation(P, V, 1, entries="cauchy"), "entries is 'cauchy'"),  # type: ignore[arg-type]
-    (lambda: pt.chebyshev_radius(1.0, 0.0), "delta is 0 somewhere"),
+    (lambda: pt.chebyshev_radius(1.0, 0.0), "delta is 0 somewhere; expected numbers strictly between 0 and 1"),
+    (lambda: pt.chebyshev_radius(1.0, 1.0), "delta is 1 somewhere"),
+    (lambda: pt.chebyshev_radius(1.0, [0.5, -0.5]), "delta is -0.5 somewhere"),
     (lambda: pt.ball_diameter([1.0]), "x has shape (1,)"),
 ]
 
@@ -87,7 +89,10 @@ def test_no_keys_move_nothing() -> None:
     none = np.zeros((2, 0))
     assert pt.spread(np.zeros((0, 3))).tolist() == [[0.0, 0.0, 0.0]]
     assert pt.ball_diameter(np.zeros((0, 3))) == 0.0
-    assert [side.tolist() for side in pt.box_interval(none, none, none)] == [[0.0, 0.0], [0.0, 0.0]]
+    for name in ("box_interval", "tilt_first_order"):
+        assert [side.tolist() for side in ROWS[name](none, none, none)] == [[0.0, 0.0], [0.0, 0.0]]
+    assert pt.signed_output(none, none, none).tolist() == [0.0, 0.0]
+    assert pt.signed_output([], [], []) == 0.0
 
 
 def test_nan_in_unseen_values_stays_unseen() -> None:
