@@ -1,7 +1,7 @@
-"""Print the table of speed and memory: ``python -m benchmarks``.
+"""Print the table of speed and memory: ``python -m benchmarks``; exit 1 where a goal is missed.
 
-Each row runs in a process of its own, so that its peak memory is its own. Times are seconds on this machine, the
-medians of a few repeats; goals that are ratios are measured side by side in one process.
+Each section runs in a process of its own, so that its peak memory is its own. Times are seconds on this machine, the
+medians of a few repeats; those that a ratio compares take turns, so that a busy moment meets both.
 """
 
 from __future__ import annotations
@@ -12,19 +12,38 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 MIB = 2**20
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Return the median time of some repeats."""
-    times: list[float] = []
+class Measure(NamedTuple):
+    """A number, how it is printed, and the most that it may be."""
+
+    value: float
+    text: str
+    goal: float | None = None
+
+    def __str__(self) -> str:
+        """Return the number as printed."""
+        return self.text.format(self.value)
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a goal, and the number is not within it."""
+        return self.goal is not None and not self.value <= self.goal
+
+
+def medians(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Return the median time of each piece of work, over repeats in which they take turns."""
+    times: dict[str, list[float]] = {key: [] for key in works}
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for key, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[key].append(time.perf_counter() - start)
+    return {key: statistics.median(taken) for key, taken in times.items()}
 
 
 def peak() -> float:
@@ -33,65 +52,86 @@ def peak() -> float:
     return used * 1024 / MIB
 
 
-def importing() -> None:
-    """Time `import refattn` after `import numpy`, each in a fresh interpreter."""
-    clock = "import time, numpy; t = time.perf_counter(); {}; print(time.perf_counter() - t)"
-    taken = [float(subprocess.check_output([sys.executable, "-c", clock.format("import refattn")])) for _ in range(9)]
-    row("import refattn, beyond import numpy", f"{1e3 * statistics.median(taken):.0f} ms", "<= 60 ms")
+def importing() -> bool:
+    """Time `import refattn` after `import numpy`, each in a fresh interpreter; the least is what it takes."""
+    clock = "import time, numpy; t = time.perf_counter(); import refattn; print(time.perf_counter() - t)"
+    taken = [float(subprocess.check_output([sys.executable, "-c", clock])) for _ in range(9)]
+    return row("import refattn, beyond import numpy", Measure(1e3 * min(taken), "{:.0f} ms", 60))
 
 
-def studying() -> None:
+def studying() -> bool:
     """Time `refattn study` on the shipped sample, as a process."""
     code = "import sys; from refattn.cli import main; sys.argv = ['refattn', 'study']; main()"
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    row("refattn study, shipped sample", f"{time.perf_counter() - start:.1f} s, {peak():.0f} MiB", "<= 30 s, 1024 MiB")
+    taken = time.perf_counter() - start
+    return row("refattn study, shipped sample", Measure(taken, "{:.1f} s", 30), Measure(peak(), "{:.0f} MiB", 1024))
 
 
-def attending() -> None:
+def attending() -> bool:
     """Time exact attention at T = S = 16384, D = E = 64, one head, float64: whole, and with a window."""
     import numpy as np
 
     from refattn import masks, softmax
 
-    rng = np.random.default_rng(0)
-    q, k, v = rng.standard_normal((3, 16384, 64))
-    narrow = seconds(lambda: softmax.attend(q, k, v, mask=masks.window(256, 0)), 3)
-    whole = seconds(lambda: softmax.attend(q, k, v), 3)
-    row("softmax.attend, T = S = 16384, D = E = 64", f"{whole:.1f} s, {peak():.0f} MiB", "<= 600 MiB")
-    row("the same with window(256, 0)", f"{narrow:.2f} s, 1/{whole / narrow:.0f} of it", "<= 1/8")
+    q, k, v = np.random.default_rng(0).standard_normal((3, 16384, 64))
+    works = {
+        "narrow": lambda: softmax.attend(q, k, v, mask=masks.window(256, 0)),
+        "whole": lambda: softmax.attend(q, k, v),
+    }
+    each = medians(works, 3)
+    memory = Measure(peak(), "{:.0f} MiB", 600)
+    within = row("softmax.attend, T = S = 16384, D = E = 64", Measure(each["whole"], "{:.1f} s"), memory)
+    part = Measure(each["narrow"] / each["whole"], "{:.3f} of it", 1 / 8)
+    return row("the same with window(256, 0)", Measure(each["narrow"], "{:.2f} s"), part) and within
 
 
-def streaming() -> None:
+def streaming() -> bool:
     """Time causal linear attention per token from 2^14 to 2^20 tokens, D = E = 32, float64."""
     import numpy as np
 
     from refattn import masks
     from refattn.kernel import linear_transformer
 
-    rng, each = np.random.default_rng(0), {}
-    for power in (14, 16, 18, 20):
-        q, k, v = (rng.standard_normal((2**power, 32)) for _ in range(3))
-        taken = seconds(lambda q=q, k=k, v=v: linear_transformer.attend(q, k, v, mask=masks.causal()), 3)
-        each[power] = taken / 2**power
-        row(f"linear_transformer.attend, causal, n = 2^{power}", f"{1e6 * each[power]:.2f} us a token", "flat")
-    row("the same, 2^20 against 2^14", f"{each[20] / each[14]:.2f}, {peak():.0f} MiB", "flat, <= 2048 MiB")
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2**20, 32))
+    powers = (14, 16, 18, 20)
+    attend = linear_transformer.attend
+    works = {f"{p}": lambda n=2**p: attend(q[:n], k[:n], v[:n], mask=masks.causal()) for p in powers}
+    taken = medians(works, 5)
+    each = {p: taken[f"{p}"] / 2**p for p in powers}
+    for p in powers:
+        row(f"linear_transformer.attend, causal, n = 2^{p}", Measure(1e6 * each[p], "{:.2f} us a token"))
+    ratio = Measure(each[20] / each[14], "{:.2f} times", 2)
+    return row("a token of 2^20 against one of 2^14", ratio, Measure(peak(), "{:.0f} MiB", 2048))
 
 
-def row(what: str, measured: str, goal: str) -> None:
-    """Print one row."""
-    print(f"{what:<46} {measured:<24} {goal}", flush=True)
+def row(what: str, *measures: Measure) -> bool:
+    """Print one row, and return whether it is within its goals."""
+    goals = ", ".join("<= " + x.text.format(x.goal) for x in measures if x.goal is not None)
+    missed = any(x.missed for x in measures)
+    line(what, ", ".join(map(str, measures)), goals or "-", "missed" if missed else "met" if goals else "-")
+    return not missed
+
+
+def line(what: str, measured: str, goal: str, verdict: str) -> None:
+    """Print four columns."""
+    print(f"{what:<43} {measured:<20} {goal:<27} {verdict}", flush=True)
 
 
 SECTIONS = {f.__name__: f for f in (importing, studying, attending, streaming)}
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        SECTIONS[sys.argv[1]]()
-    else:
-        import numpy
 
-        print(f"numpy {numpy.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores; float64")
-        row("what", "measured", "goal")
-        for name in SECTIONS:
-            subprocess.run([sys.executable, "-m", "benchmarks", name], check=True)
+def main() -> int:
+    """Run one section, or each in a process of its own; return the exit code."""
+    if len(sys.argv) > 1:
+        return 0 if SECTIONS[sys.argv[1]]() else 1
+    import numpy
+
+    print(f"numpy {numpy.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores; float64", flush=True)
+    line("what", "measured", "goal", "verdict")
+    failed = [subprocess.run([sys.executable, "-m", "benchmarks", name]).returncode for name in SECTIONS]
+    return 1 if any(failed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
