@@ -281,6 +281,8 @@ def mass_from_topk(logits: ArrayLike, keys: ArrayLike) -> Array:
     """
     s = np.asarray(_check.array("logits", logits, "k"), np.float64)
     keys = _real("keys", keys, s.shape[-1])
+    if np.any(np.isinf(keys)):
+        raise ValueError("keys is infinite somewhere; expected how many keys there are")
     least = s.min(axis=-1) if s.shape[-1] else np.zeros(s.shape[:-1])  # of nothing kept any number tells the same
     return _share(_log(keys - s.shape[-1]) + least, _lse(s))
 

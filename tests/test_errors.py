@@ -342,6 +342,7 @@ CALLS = [
     ("delta", ValueError, lambda: pt.chebyshev_radius(1.0, 0.0)),
     ("delta", ValueError, lambda: pt.chebyshev_radius(1.0, 1.5)),
     ("delta", ValueError, lambda: pt.chebyshev_radius(1.0, -0.5)),
+    ("keys", ValueError, lambda: dropped.mass_from_topk(np.zeros(2), np.inf)),
     ("kept", TypeError, lambda: dropped.bound(Q, K, V, kept=None)),
     ("mask", TypeError, lambda: dropped.bound(Q, K, V, kept=np.ones((T, S)))),
     ("scale", ValueError, lambda: dropped.bound(Q, K, V, kept=masks.causal(), scale=np.nan)),
