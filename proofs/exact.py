@@ -2,9 +2,9 @@
 
 Drawn numbers lie on dyadic grids (weights: multiples of 2⁻⁴⁰ that sum to exactly 1), so p, v, δ and their differences
 are exact in float64. What really happens is computed from them in 200-bit ball arithmetic. A bound is the float64
-function under test, charged γ_h for the h roundings on its longest path, where a NumPy elementary function counts as 8:
-its loops promise 4 ulp, and an ulp is at most 2u. Where a function centres v by a computed mean, that mean is charged
-its own error.
+function under test, charged γ_h for the h roundings on its longest path, where a NumPy elementary function, even
+exp and log, counts as what `rounding.TANH` grants: 4 ulp, an ulp being at most 2u. Where a function centres v by a
+computed mean, that mean is charged its own error.
 """
 
 import math
@@ -16,12 +16,12 @@ from flint import arb
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from refattn.rounding import gamma
+from refattn.rounding import TANH, U, gamma
 
 Array = NDArray[np.float64]
 Tight = Callable[..., float]
 
-LIBM = 8
+LIBM = round(TANH / U)
 SHARP = 0.99  # what a case of equality must reach to count as one
 SPANS = [2.0**-40, 2.0**-10, 1.0, 4.0, 40.0]
 

@@ -4,8 +4,9 @@ Everything is about `refattn.softmax` in float64 with its order of operations, a
 (`_Rows`: F1, F2; `_backward`: B4). Letters are those of README.md; u = 2⁻⁵³, TINY = 2⁻¹⁰⁷³, four times what gradual
 underflow adds to one operation.
 
-Hypotheses   Hstd: radix 2, round to nearest, gradual underflow, no overflow · Hexp: exp and log within 2u, tanh within
-             8u, relatively · Horder: sums in any order, with or without fma (any BLAS, any tile).
+Hypotheses   Hstd: radix 2, round to nearest, gradual underflow, no overflow · Hexp, Hlibm: exp and log within 2u, tanh
+             within 8u, relatively (measured: test_elementary.py) · Horder: sums in any order, with or without fma (any
+             BLAS, any tile).
 
 F0  Sums
 Statement    A sum of n products x_iy_i in any order is off by ≤ γ_nΣ|x_iy_i|, as a chain of fma by ≤ n·u·Σ|x_iy_i|; a

@@ -8,6 +8,7 @@ the definition's order of operations: logits, one subtraction of the row maximum
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check
+from refattn._mix import mix, tiles
 from refattn.arithmetic import Arithmetic
 from refattn.bias import Bias, Table
 from refattn.engines import One
@@ -23,9 +25,15 @@ from refattn.engines import One
 U = 2.0**-53
 """Unit roundoff of float64."""
 EXP = 2 * U
-"""Relative error of NumPy's float64 exp and log: one unit in the last place."""
+"""Hypothesis Hexp: NumPy's float64 exp and log are within one unit in the last place, and TINY.
+
+The libraries and loops that NumPy uses stay near half a unit; `proofs/test_elementary.py` measures it.
+"""
 TANH = 8 * U
-"""Relative error of NumPy's float64 tanh: four units in the last place."""
+"""Hypothesis Hlibm: NumPy's other float64 functions are within four units in the last place, and TINY.
+
+NumPy promises as much of its own loops; `proofs/test_elementary.py` measures tanh, the one that verbs call.
+"""
 TINY = 2.0**-1073
 """Above what gradual underflow may add to one operation."""
 LOST = 2 * TINY
@@ -77,8 +85,8 @@ class Bounded(Arithmetic):
 
     @classmethod
     def lift(cls, x: Any) -> Self:
-        """Return exact numbers with error 0."""
-        return x if isinstance(x, cls) else cls(np.asarray(x, np.float64), 0.0)
+        """Return exact numbers with error 0; what float64 cannot hold is refused."""
+        return x if isinstance(x, cls) else cls(np.asarray(_check.array("x", x, ""), np.float64), 0.0)
 
     def floats(self) -> Array:
         """Return the values."""
@@ -114,9 +122,15 @@ class Bounded(Arithmetic):
         return self._add(other._negative())
 
     def _multiply(self, other: Bounded) -> Bounded:
-        value = self.value * other.value
-        carried = self.error * other.bulk() + self.bulk() * other.error
-        return Bounded(value, carried + U * np.abs(value) + TINY)
+        with np.errstate(invalid="ignore"):
+            value = self.value * other.value
+            carried = self.error * other.bulk() + self.bulk() * other.error
+        # 0 for sure stays 0, even where nothing is known of the other: the gradient of what no row sees
+        nothing = self._nothing() | other._nothing()
+        return Bounded(np.where(nothing, 0.0, value), np.where(nothing, 0.0, carried + U * np.abs(value) + TINY))
+
+    def _nothing(self) -> NDArray[np.bool_]:
+        return (self.value == 0) & (self.error == 0)
 
     def _divide(self, other: Bounded) -> Bounded:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -153,8 +167,11 @@ class Bounded(Arithmetic):
 
     def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
         """Return o and lse of exact attention with the definition's rounding: F1 and F2."""
-        row = _Rows(one)
-        return Bounded(row.o, row.E), Bounded(row.lse, row.E_lse)
+        T, S, _, _ = one.problem.sizes
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite has no bound
+            parts = [_Rows(one, rows).answer() for rows in tiles(np.arange(T), S)]
+        o, E, lse, E_lse = map(np.concatenate, zip(*parts, strict=True))
+        return Bounded(o, E), Bounded(lse, E_lse)
 
     def softmax_backward(
         self, one: One, do: Any, dlse: Any
@@ -165,13 +182,18 @@ class Bounded(Arithmetic):
 
     def linear_forward(self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float) -> Bounded:
         """Return linear attention, in any of its orders: parallel, chunked, recurrent (X1)."""
-        return _linear(fq, fk, Bounded.lift(v), seen, eps)[0]
+        v = Bounded.lift(v)
+        with np.errstate(over="ignore", invalid="ignore"):
+            cut = tiles(np.arange(len(seen)), seen.shape[1])
+            parts = [_linear(fq[rows], fk, v, seen[rows], eps)[0] for rows in cut]
+        return Bounded(np.concatenate([x.value for x in parts]), np.concatenate([x.error for x in parts]))
 
     def linear_backward(
         self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float, do: Any
     ) -> tuple[Bounded, Bounded, Bounded]:
         """Return gradients with respect to φ(q), φ(k) and v, in any order of the sums."""
-        return _linear_backward(fq, fk, Bounded.lift(v), seen, eps, Bounded.lift(do))
+        with np.errstate(over="ignore", invalid="ignore"):
+            return _linear_backward(fq, fk, Bounded.lift(v), seen, eps, Bounded.lift(do))
 
 
 def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> Any:
@@ -188,7 +210,13 @@ def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> A
 
     Returns
     -------
-    Arrays of errors, in the shape of the verb's answer.
+    Arrays of errors, in the shape of the verb's answer; ∞ where it is not finite. What a row does not see, not even
+    NaN, does not matter to it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An array of something else than real numbers that float64 holds exactly, naming the argument.
 
     Examples
     --------
@@ -200,10 +228,16 @@ def allowance(verb: Callable[..., Any], *arrays: ArrayLike, **options: Any) -> A
     from refattn import method
 
     declared = {m.__name__: m.METHOD for m in method.modules().values()}.get(verb.__module__)
-    named = set(declared.arrays) | {"dlse"} if declared else set[str]()
+    named = set(declared.arrays) | {"do", "dlse"} if declared else set[str]()
     plain = (type(None), Bias)
-    lifted = {s: Bounded.lift(x) if s in named and not isinstance(x, plain) else x for s, x in options.items()}
-    return _errors(verb(*map(Bounded.lift, arrays), **lifted))
+    lifted = {s: _lifted(s, x) if s in named and not isinstance(x, plain) else x for s, x in options.items()}
+    names = list(inspect.signature(verb).parameters)
+    names += [f"argument {n}" for n in range(len(names) + 1, len(arrays) + 1)]
+    return _errors(verb(*map(_lifted, names, arrays), **lifted))
+
+
+def _lifted(name: str, x: Any) -> Bounded:
+    return x if isinstance(x, Bounded) else Bounded.lift(_check.array(name, x, ""))
 
 
 def _errors(answer: Any) -> Any:
@@ -271,16 +305,20 @@ class _Rows:
     quantities and the real ones differ by factors within e^±2·max e; `wide` makes up for using this run's.
     """
 
-    def __init__(self, one: One) -> None:
+    def __init__(self, one: One, rows: NDArray[np.intp]) -> None:
         call = one.problem
-        q, k, v = (Bounded.lift(x) for x in (one.q, one.k, one.v))
-        self.q, self.k, self.v, self.seen = q, k, v, one.seen()
-        S, D, sigma, seen = k.shape[0], q.shape[1], abs(call.multiplier), self.seen
+        _, S, D, _ = call.sizes
+        sigma, keys = abs(call.multiplier), np.arange(S)
+        q, k, v = Bounded.lift(one.q)[rows], Bounded.lift(one.k), Bounded.lift(one.v)
+        b = _bias(one, rows, keys)
+        seen = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
+        if b is not None:
+            seen = seen & ~np.isneginf(b.value)
+        self.q, self.k, self.v, self.seen = q, k, v, seen
         z = (q.value @ k.value.T) * call.multiplier
         sizes = gamma(D) * (q.bulk() @ k.bulk().T) + q.error @ k.bulk().T + q.bulk() @ k.error.T
         e = sigma * (sizes + D * TINY)
         e = e + (U if call.scale is not None else 3 * U * (1 + 3 * U)) * (np.abs(z) + e) + TINY
-        b = _bias(one)
         if b is not None and call.order == "bias, softcap":
             z, e = _plus(z, e, b)
         self.slope, self.slope_error = np.ones_like(z), np.zeros_like(z)
@@ -288,7 +326,7 @@ class _Rows:
             c = call.softcap
             e = e + U * (np.abs(z) + e) + c * TINY
             fall = np.exp(-2 * np.abs(z / c))
-            self.slope = 4 * fall / (1 + fall) ** 2
+            self.slope = np.where(seen, 4 * fall / (1 + fall) ** 2, 0.0)
             turn = 2 * e / c + EXP + 8 * U
             near = np.minimum(turn, 1.0)
             self.slope_error = np.where(turn < 1, self.slope * np.exp(near) * np.expm1(near) + 16 * TINY, 1.0)
@@ -296,36 +334,40 @@ class _Rows:
             e = e + (TANH + U) * (1 + U) * (np.abs(z) + e) + (1 + c) * TINY
         if b is not None and call.order == "softcap, bias":
             z, e = _plus(z, e, b)
-        z, e = np.where(seen, z, -np.inf), np.where(seen, e, 0.0)
+        live, z, e = seen, np.where(seen, z, -np.inf), np.where(seen, e, 0.0)
         if one.sink is not None:
             sink = Bounded.lift(one.sink)
-            z, e = (np.c_[x, np.full(len(x), own.item())] for x, own in ((z, sink.value), (e, sink.error)))
-        live = np.isfinite(z)
+            z, e, live = (
+                np.c_[x, np.full(len(x), own)]
+                for x, own in ((z, sink.value.item()), (e, sink.error.item()), (live, not np.isneginf(sink.value)))
+            )
         self.empty: NDArray[np.bool_] = ~np.logical_or.reduce(live, axis=1)
         m = np.where(self.empty, 0.0, z.max(axis=1, initial=-np.inf))[:, None]
         # the maximum is common to the row and cancels; what is rounded is the difference, then its exponential
-        e = np.where(live, e + U * np.where(live, np.abs(z - m), 0.0) + EXP * (1 + EXP), 0.0)
+        e = np.where(live, e + U * np.abs(z - m) + EXP * (1 + EXP), 0.0)
         self.top = e.max(axis=1, initial=0.0)[:, None]
         sure = self.top <= 0.4
         e = np.minimum(e, 1.0)
         self.wide = np.where(sure, EVALUATION * np.exp(np.where(sure, 8 * self.top, 0.0)), np.inf)
-        w = np.exp(z - m)
+        w = np.where(live, np.exp(z - m), 0.0)
         total = np.where(self.empty, 1.0, w.sum(axis=1))[:, None]
         h = live.sum(axis=1, keepdims=True) * U
-        p, G = w / total, h / (1 - h)
+        p, G = np.where(live, w / total, 0.0), h / (1 - h)
         up, down = (np.where(self.empty, 1.0, (p * np.exp(x)).sum(axis=1))[:, None] for x in (e, -e))
         lost = live.sum(axis=1, keepdims=True) * TINY / total
         self.e, self.p = e[:, :S], p[:, :S]
         self.e_sink, self.p_sink = (np.zeros(len(p)),) * 2 if one.sink is None else (e[:, S], p[:, S])
-        self.o = self.p @ v.value
+        self.o = mix(self.p, v.value, seen)
         pe, size = self.p * np.exp(self.e), v.bulk()
         tilted = self.p * np.expm1(self.e)
-        tilt = np.zeros(self.o.shape)
+        tilt, high = np.zeros(self.o.shape), np.zeros(self.o.shape)
         for c in range(size.shape[1]):
-            tilt[:, c] = (tilted * np.abs(v.value[:, c] - self.o[:, c : c + 1])).sum(axis=1)
+            apart = np.abs(v.value[:, c] - self.o[:, c : c + 1])
+            tilt[:, c] = (tilted * np.where(seen, apart, 0.0)).sum(axis=1)
+            high[:, c] = np.where(seen, size[:, c], 0.0).max(axis=1, initial=0.0)
         tilt = tilt + (self.p_sink * np.expm1(self.e_sink))[:, None] * np.abs(self.o)
-        high = size.max(axis=0, initial=0.0)
-        error = tilt + G * (pe @ size) + G * np.abs(self.o) * up + pe @ v.error + lost * (1 + high + np.abs(self.o))
+        error = tilt + G * mix(pe, size, seen) + G * np.abs(self.o) * up + mix(pe, v.error, seen)
+        error = error + lost * (1 + high + np.abs(self.o))
         error: Array = error / ((1 - G) * down - lost)
         ratio: Array = np.maximum(np.log((1 + G) * up + lost), -np.log((1 - G) * down - lost))
         # where even the first digit of a weight is in doubt: both answers are means of the values, both lse maxima
@@ -339,32 +381,34 @@ class _Rows:
         self.E_lse = np.where(self.empty, 0.0, raw / (1 - 4 * U))
         self.lse = np.where(self.empty, -np.inf, lse)
 
+    def answer(self) -> tuple[Array, Array, Array, Array]:
+        """Return o and lse, each with its bound."""
+        return self.o, self.E, self.lse, self.E_lse
 
-def _bias(one: One) -> Bounded | None:
+
+def _bias(one: One, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> Bounded | None:
     bias = one.problem.bias
     if bias is None:
         return None
     if isinstance(bias, Table) and isinstance(bias.array, Bounded):
-        return bias.array
-    T, S, _, _ = one.problem.sizes
-    exact = Bounded.lift(one.bias(np.arange(T), np.arange(S)))
+        return bias.array[bias.index(rows, keys)]
+    exact = Bounded.lift(one.bias(rows, keys))
     return exact if isinstance(bias, Table) else Bounded(exact.value, U * np.abs(exact.value))
 
 
 def _plus(z: Array, e: Array, b: Bounded) -> tuple[Array, Array]:
-    seen = np.isfinite(b.value)
-    z = np.where(seen, z + np.where(seen, b.value, 0.0), -np.inf)
-    e = e + b.error
-    return z, np.where(seen, e + U * (np.abs(np.where(seen, z, 0.0)) + e), 0.0)
+    z, e = z + b.value, e + b.error
+    return z, e + U * (np.abs(z) + e)
 
 
 def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
-    row, call = _Rows(one), one.problem
-    T, n, width, sigma = len(row.p), one.k.shape[0], do.shape[1], abs(call.multiplier)
-    q, k, v = row.q, row.k, row.v
-    live = row.seen.any(axis=1, keepdims=True)
+    call = one.problem
+    T, n, _, width = call.sizes
+    row, sigma = _Rows(one, np.arange(T)), abs(call.multiplier)
+    q, k, v, seen, turned = row.q, row.k, row.v, row.seen, row.seen.T
+    live = seen.any(axis=1, keepdims=True)
     g, size, g_error = (np.where(live, x, 0.0) for x in (do.value, do.bulk(), do.error))
-    dots = np.where(row.seen, g @ v.value.T, 0.0)
+    dots = np.where(seen, g @ v.value.T, 0.0)
     d_dots = gamma(width) * (size @ v.bulk().T) + g_error @ v.bulk().T + size @ v.error.T + width * TINY
     own = dlse.value - (g * row.o).sum(axis=1)
     reach = np.abs(row.o) + row.E
@@ -374,42 +418,48 @@ def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, B
     e_z, E_D, wide = row.e_z[:, None], delta[:, None], row.wide
     grow, tilt = np.exp(e_z), np.expm1(e)
     # weights: one exponent for each pair (e) and one for the row (e_z); the error of own is one number for the row too
-    ds = np.where(row.seen, p * X, 0.0)
+    ds = np.where(seen, p * X, 0.0)
     inner = grow * p * (tilt * (np.abs(X) + d_dots + 2 * E_D) + np.exp(e) * (d_dots + 3 * U * (np.abs(X) + E_D)))
-    inner = np.where(row.seen, inner + LOST * (1 + np.abs(X) + d_dots + E_D), 0.0)
-    size_s = np.abs(ds) + inner + grow * np.exp(e) * p * E_D
+    inner = np.where(seen, inner + LOST * (1 + np.abs(X) + d_dots + E_D), 0.0)
+    size_s = np.where(seen, np.abs(ds) + inner + grow * np.exp(e) * p * E_D, 0.0)
     whole_s = inner + grow * E_D * p + np.expm1(e_z) * np.abs(ds)
     dz, ps, inner_z = ds, p, inner
     if call.softcap is not None:
         dz, ps, steep = ds * slope, p * slope, slope + row.slope_error
-        inner_z = np.where(row.seen, slope * inner + (row.slope_error + U * steep) * size_s + TINY, 0.0)
-        ps_size, size_z = p * steep, steep * size_s
+        inner_z = np.where(seen, slope * inner + (row.slope_error + U * steep) * size_s + TINY, 0.0)
+        ps_size, size_z = np.where(seen, p * steep, 0.0), np.where(seen, steep * size_s, 0.0)
     else:
         ps_size, size_z = p, size_s
     whole_z = inner_z + grow * E_D * ps_size + np.expm1(e_z) * np.abs(dz)
+    # `wide` is infinite, and a row's numbers NaN, where nothing is known of it: that stays with what the row sees
+    wide_s, wide_z, wide_size = (np.where(seen, x * wide, 0.0) for x in (whole_s, whole_z, size_z))
     scaled = U if call.scale is not None else 3 * U * (1 + 3 * U)
 
-    value = call.multiplier * (dz @ k.value)
+    to_k = mix(dz, k.value, seen)
+    value = call.multiplier * to_k
     blur = np.expm1(np.minimum(4 * row.top, 4.0)) + gamma(n)
-    common = grow * E_D * (np.abs(ps @ k.value) + blur * (ps_size @ k.bulk()))
-    common = common + np.expm1(e_z) * (np.abs(dz @ k.value) + blur * (np.abs(dz) @ k.bulk()))
-    error = inner_z @ k.bulk() + common + gamma(n) * (size_z @ k.bulk()) + size_z @ k.error + n * TINY
-    dq = Bounded(value, sigma * (error * wide) * (1 + scaled) + scaled * np.abs(value) + TINY)
+    common = grow * E_D * (np.abs(mix(ps, k.value, seen)) + blur * mix(ps_size, k.bulk(), seen))
+    common = common + np.expm1(e_z) * (np.abs(to_k) + blur * mix(np.abs(dz), k.bulk(), seen))
+    error = mix(inner_z, k.bulk(), seen) + common + gamma(n) * mix(size_z, k.bulk(), seen)
+    error = error + mix(size_z, k.error, seen) + n * TINY
+    error = sigma * (error * wide) * (1 + scaled) + scaled * np.abs(value) + TINY
+    dq = Bounded(value, np.where(live, error, 0.0))
 
     # 1/√D as a float is common; the product with it is rounded once for each tile of rows, so counted among the sums
-    value = call.multiplier * (dz.T @ q.value)
-    error = (whole_z * wide).T @ q.bulk() + gamma(T + 1) * ((size_z * wide).T @ q.bulk())
-    error = error + size_z.T @ q.error + T * TINY
+    value = call.multiplier * mix(dz.T, q.value, turned)
+    error = mix(wide_z.T, q.bulk(), turned) + gamma(T + 1) * mix(wide_size.T, q.bulk(), turned)
+    error = error + mix(size_z.T, q.error, turned) + T * TINY
     common = (scaled - U) * (1 + scaled) * np.abs(value)
     dk = Bounded(value, sigma * error * (1 + scaled) + common + T * TINY)
 
-    w = np.where(row.seen, p * np.expm1(e_z + e) + LOST, 0.0) * wide
-    dv = Bounded(p.T @ g, w.T @ size + gamma(T) * ((p + w).T @ size) + (p + w).T @ g_error + T * TINY)
+    w = np.where(seen, (p * np.expm1(e_z + e) + LOST) * wide, 0.0)
+    error = mix(w.T, size, turned) + gamma(T) * mix((p + w).T, size, turned) + mix((p + w).T, g_error, turned)
+    dv = Bounded(mix(p.T, g, turned), error + T * TINY)
 
     dbias = dsink = None
     if isinstance(call.bias, Table):
         table = call.bias.array
-        db, db_error = (dz, whole_z * wide) if call.order == "bias, softcap" else (ds, whole_s * wide)
+        db, db_error = (dz, wide_z) if call.order == "bias, softcap" else (ds, wide_s)
         axes = tuple(a for a in (0, 1) if table.shape[-2 + a] == 1)
         count = math.prod(db.shape[a] for a in axes) - 1
         magnitude = np.abs(db) + db_error
@@ -423,6 +473,17 @@ def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, B
     return dq, dk, dv, dbias, dsink
 
 
+def _lost(a: Bounded, c: Bounded, seen: NDArray[np.bool_]) -> Array:
+    """Bound what underflow takes from (a bᵀ over the seen pairs) c, in any order of the two products.
+
+    Each product loses at most TINY, and the loss of the first is multiplied by the factor that follows: by c where
+    a·b, of r terms, comes first; by a where bᵀc, of n terms, does.
+    """
+    n, r = seen.sum(axis=1, keepdims=True), a.shape[1]
+    follows = r * mix(seen.astype(np.float64), c.bulk(), seen) + n * a.bulk().sum(axis=1, keepdims=True)
+    return TINY * (r + n + follows)
+
+
 def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float) -> tuple[Bounded, Bounded]:
     """Return o and den, whichever of the products comes first and in any order of the sums (X1).
 
@@ -434,9 +495,9 @@ def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: 
     kappa = np.where(seen, fq.value @ fk.value.T, 0.0)
     carried = np.where(seen, fq.error @ fk.bulk().T + np.abs(fq.value) @ fk.error.T, 0.0)
     size = np.where(seen, fq.bulk() @ fk.bulk().T, 0.0)
-    tiny = TINY * (r + n + r * (seen @ v.bulk()) + n * fq.bulk().sum(axis=1, keepdims=True))
-    error = carried @ v.bulk() + size @ v.error + h / (1 - h) * (size @ v.bulk()) + tiny
-    top = Bounded((kappa @ v.value)[:, :-1], error[:, :-1])
+    error = mix(carried, v.bulk(), seen) + mix(size, v.error, seen) + h / (1 - h) * mix(size, v.bulk(), seen)
+    error = error + _lost(fq, v, seen)
+    top = Bounded(mix(kappa, v.value, seen)[:, :-1], error[:, :-1])
     den = Bounded(np.where(some, kappa.sum(axis=1, keepdims=True), 1.0), np.where(some, error[:, -1:], 0.0))
     if eps:
         den = den + eps
@@ -464,10 +525,12 @@ def _linear_backward(
 
     def product(a: Bounded, b: Bounded, c: Bounded, pairs: NDArray[np.bool_]) -> Bounded:
         """Return (a bᵀ over the seen pairs) c, in any order of the two products."""
-        value = np.where(pairs, a.value @ b.value.T, 0.0) @ c.value
-        plain = np.where(pairs, np.abs(a.value) @ np.abs(b.value).T, 0.0) @ np.abs(c.value)
-        whole = np.where(pairs, a.bulk() @ b.bulk().T, 0.0) @ c.bulk()
-        return Bounded(value, np.maximum(whole - plain, 0.0) + 2 * h * whole + len(c.value) * TINY)
+        value = mix(np.where(pairs, a.value @ b.value.T, 0.0), c.value, pairs)
+        plain = mix(np.where(pairs, np.abs(a.value) @ np.abs(b.value).T, 0.0), np.abs(c.value), pairs)
+        whole = mix(np.where(pairs, a.bulk() @ b.bulk().T, 0.0), c.bulk(), pairs)
+        error = np.maximum(whole - plain, 0.0) + 2 * h * whole + _lost(a, c, pairs)
+        live = pairs.any(axis=1, keepdims=True)
+        return Bounded(np.where(live, value, 0.0), np.where(live, error, 0.0))
 
     to_q, to_k = product(g, tilted, fk, seen), product(tilted, g, fq, seen.T)
     return to_q, to_k, product(fk, fq, g, seen.T)[:, :-1]
