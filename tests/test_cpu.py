@@ -9,8 +9,10 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
+import numba
 import numpy as np
 import pytest
+from flint import arb
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +22,15 @@ from refattn import bias as biases
 from refattn import engines, masks, softmax
 from refattn.engines import Backend, Unsupported
 from refattn.rounding import EVALUATION, gamma
-from refattn.testing import assert_within
+from refattn.testing import Ball, assert_within
+from refattn.testing.ball import precision
 from refattn.testing.strategies import any_masks
 
 DTYPES = ("float32", "float64")
+ROUNDING = {"float32": (2.0**-24, 2.0**-148), "float64": (2.0**-53, 2.0**-1073)}
+"""Unit roundoff, and above what underflow may take."""
+EXP, LOG, TANH = 4, 4, 8
+"""Hypothesis, in u: the engine's exp and log are within 2 units in the last place, its tanh within 4."""
 # q, k, v: alone, batched, grouped, broadcast; none at all; one query head for several of k.
 LEADS = (
     ((), (), ()),
@@ -39,8 +46,8 @@ LEADS = (
 def row_errors(one, u, tiny):
     """Return F1 and F2 for one problem: the errors of o and lse in the order that the engine's docstring states.
 
-    Hypotheses: operations are rounded to u, and what underflows is off by `tiny` at most; the C library's exp and log
-    are within 2 ulp (4u), its tanh within 4 ulp. Then e bounds the logarithmic error of a weight:
+    Hypotheses: operations are rounded to u, and what underflows is off by `tiny` at most; exp, log and tanh are as
+    `EXP`, `LOG` and `TANH` say. Then e bounds the logarithmic error of a weight:
     γ_D of the dot product; 3u of the scale, its cast and product; 4u + tanh's of the softcap, whose slope is at most 1;
     2u of the bias's sum, rounded twice; u of the exponent's argument; exp. A sum has n terms, with the sink, so no term
     meets more than n + 1 roundings: its product, and the sums.
@@ -48,7 +55,7 @@ def row_errors(one, u, tiny):
     call, seen = one.problem, one.seen()
     q, k, v = (np.nan_to_num(np.asarray(x, np.float64)) for x in (one.q, one.k, one.v))
     (T, D), S, sigma = q.shape, len(v), call.multiplier
-    exp, log, tanh = 4 * u, 4 * u, 8 * u
+    exp, log, tanh = EXP * u, LOG * u, TANH * u
     s = (q @ k.T) * sigma
     e = abs(sigma) * (gamma(D, u) * (np.abs(q) @ np.abs(k).T) + D * tiny)
     e = e + 3 * u * (1 + 3 * u) * (np.abs(s) + e) + tiny
@@ -89,7 +96,7 @@ def row_errors(one, u, tiny):
 
 def allowed(call, dtype):
     """Return what the engine's o and lse may differ from NumPy's: what the one loses and what the other loses."""
-    both = (2.0**-24, 2.0**-148) if dtype == "float32" else (2.0**-53, 2.0**-1073), (2.0**-53, 2.0**-1073)
+    both = ROUNDING[dtype], ROUNDING["float64"]
     T, _, _, E = call.sizes
     errors = [[sum(part) for part in zip(*(row_errors(one, *t) for t in both), strict=True)] for one in call.all()]
     on_o, on_lse = zip(*errors, strict=True) if errors else ((), ())
@@ -298,21 +305,89 @@ def test_what_no_task_writes_is_nan(monkeypatch):
         (dict(scale=1e-40), "scale is 1e-40"),
         (dict(scale=-1e39), "scale is -1e[+]39"),
         (dict(softcap=1e39), "softcap is 1e[+]39"),
+        (dict(q=np.array([[1e39]])), "q holds finite numbers beyond float32"),
+        (dict(k=np.array([[-1e39]])), "k holds finite numbers beyond float32"),
+        (dict(v=np.array([[1e39]])), "v holds finite numbers beyond float32"),
         (dict(sink=[-1e39]), "sink holds finite numbers beyond float32"),
+        (dict(bias=[[-1e300]]), "bias holds finite numbers beyond float32"),
+        (dict(bias=biases.alibi(1e300).at(-1)), "bias holds finite numbers beyond float32"),
+        (dict(q=np.array([[1e20]]), k=np.array([[-1e20]])), "logits of q, k, scale and bias may overflow float32"),
+        (dict(q=np.array([[1e20]]), scale=1e19), "logits of q, k, scale and bias may overflow float32"),
+        (dict(k=np.array([[3e37]]), bias=[[-3e38]]), "logits of q, k, scale and bias may overflow float32"),
+        (dict(v=np.array([[2e38]])), "sums of v may overflow float32"),
     ],
 )
 def test_what_float32_cannot_hold_is_refused_and_float64_answers_it(given, word):
     arrays = {name: given.get(name, np.ones((1, 1), np.float32)) for name in "qkv"}
     named = {name: x for name, x in given.items() if name not in arrays}
     with pytest.raises(Unsupported, match=f"backend 'cpu': {word}.*ask for float64"):
-        softmax.attend(*arrays.values(), **named, backend="cpu")
-    assert softmax.attend(*arrays.values(), **named, backend=Backend("cpu", "float64")).dtype == np.float64
+        softmax.attend(*arrays.values(), **named, backend=Backend("cpu", "float32"))
+    wide = softmax.attend(*arrays.values(), **named, backend=Backend("cpu", "float64"))
+    assert wide.dtype == np.float64
+    assert np.isfinite(wide).all()
 
 
-def test_finite_bias_beyond_float32_is_seen_and_minus_infinity_is_not():
-    x, v = np.zeros((1, 1), np.float32), np.array([[1.0], [2.0], [4.0]], np.float32)
-    hidden = softmax.attend(x, np.zeros((3, 1), np.float32), v, bias=[[0.0, -1e300, -np.inf]], backend="cpu")
-    assert hidden.tolist() == [[1.0]]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finite_bias_at_the_edge_is_seen_and_minus_infinity_is_not(dtype):
+    x, v = np.zeros((1, 1), dtype), np.array([[1.0], [3.0], [4.0]], dtype)
+    edge = float(np.finfo(dtype).min)
+    for bias, answer in (([[0.0, edge, -np.inf]], 1.0), ([[edge, edge, -np.inf]], 2.0)):
+        assert softmax.attend(x, np.zeros((3, 1), dtype), v, bias=bias, backend="cpu").tolist() == [[answer]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_that_is_not_refused_overflows(dtype):
+    largest, rng = float(np.finfo(dtype).max), np.random.default_rng(7)
+    refused = 0
+    for trial in range(300):
+        sizes = (1, 1), (2, 1), (2, 1), (1, 2)
+        q, k, v, bias = (rng.choice([-1.0, 1.0], size) * largest ** rng.choice([0.3, 0.5, 1.0]) for size in sizes)
+        q, v, bias = (x * rng.uniform(0.1, 0.9) for x in (q, v, bias))
+        named = {"scale": rng.choice([1e-3, 1.0, 10.0]), "bias": bias if trial % 2 else None}
+        try:
+            with np.errstate(over="ignore"):
+                o, lse = softmax.partial(*(x.astype(dtype) for x in (q, k, v)), **named, backend="cpu")
+        except Unsupported:
+            refused += 1
+            continue
+        assert np.isfinite(o).all() and np.isfinite(lse).all()
+    assert 50 < refused < 250
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_and_not_seen_is_not_a_reason_to_refuse(dtype):
+    q, k, v = (np.ones((3, 2), dtype) for _ in range(3))
+    k[2], v[2] = np.nan, -np.inf
+    bias = np.array([[0.0, 0.0, np.nan]] * 3)
+    o = softmax.attend(q, k, v, mask=masks.lengths(2), bias=bias, sink=-np.inf, backend=Backend("cpu", dtype))
+    assert (o == 1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("f", "real", "units"), [(np.exp, arb.exp, EXP), (np.log, arb.log, LOG), (np.tanh, arb.tanh, TANH)]
+)
+def test_the_engines_elementary_functions_keep_their_hypothesis(dtype, f, real, units):
+    @numba.njit(error_model="numpy")
+    def each(x, out):
+        for i in range(len(x)):
+            out[i] = f(x[i])
+
+    (u, tiny), rng = ROUNDING[dtype], np.random.default_rng(8)
+    spread = rng.uniform(0, 1, 20_000)
+    small = rng.uniform(1, 2, 4000) * 2.0 ** rng.integers(-20, 0, 4000)
+    # what the engine asks for: exp of what is not positive, log of a sum that is at least 1, tanh of anything
+    x = {
+        np.exp: np.concatenate([spread * np.log(tiny), -small]),
+        np.log: np.concatenate([2.0 ** (30 * spread), 1 + small]),
+        np.tanh: np.concatenate([40 * spread - 20, small, -small]),
+    }[f].astype(dtype)
+    got = np.full_like(x, np.nan)
+    each(x, got)
+    with precision(100):
+        truth = Ball(np.array([real(arb(float(a))) for a in x], object))
+        # an error that is below this part of the computed number is below `units` of the real one
+        assert_within(got, truth, units * u * (1 - 2 * units * u) * np.abs(got.astype(np.float64)) + tiny)
 
 
 def test_errors_are_one_sentence_that_names_what_is_wrong(monkeypatch):
@@ -396,7 +471,24 @@ def test_an_error_in_a_task_reaches_the_caller():
             return self
 
         def block(self, flat, rows, keys):
-            raise ArithmeticError("no bias today")
+            if threading.current_thread() is not threading.main_thread():
+                raise ArithmeticError("no bias today")
+            return np.zeros((len(rows), len(keys)))
 
     with pytest.raises(ArithmeticError, match="no bias today"):
-        softmax.attend(*plain(np.random.default_rng(6)), bias=Broken(), backend="cpu")
+        softmax.attend(*plain(np.random.default_rng(6)), bias=Broken(), backend=Backend("cpu", threads=2))
+
+
+def test_a_bias_of_another_class_is_read_before_any_work():
+    class Steep(biases.Bias):
+        lead = ()
+
+        def on(self, T, S):
+            return self
+
+        def block(self, flat, rows, keys):
+            return np.where((rows[:, None] == 1) & (keys == 1), 1e39, 0.0)
+
+    x = np.ones((3, 1), np.float32)
+    with pytest.raises(Unsupported, match="bias holds finite numbers beyond float32"):
+        softmax.attend(x, x, x, bias=Steep(), backend="cpu")

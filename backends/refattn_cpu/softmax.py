@@ -11,6 +11,10 @@ nearest, and products are rounded before they are added: no fma. Sums start from
 
 A key that is not seen does not exist: nothing is read of it but, where a bias hides it, its dot product. So the bits
 of a row depend on what it sees, and not on threads, batch, tasks, or how the mask is written.
+
+Accumulators have the working type. exp and log are the C library's, taken to be within 2 units in the last place, and
+tanh within 4. Nothing overflows, whatever the mask: a problem is refused where one of its finite numbers, or
+2·D·max|q|·max|k|·max(1, |σ|) + max|b|, or 2·S·max|v|, would round to infinity; the 2 is for rounding on the way.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ import numpy as np
 from numba import njit  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
 from numpy.typing import NDArray
 
+from refattn._mix import tiles
+from refattn.bias import Alibi, Table
 from refattn.engines import Backend, Problem
 from refattn.partial import Partial
 from refattn_cpu._threads import share
@@ -40,19 +46,57 @@ class _Task(NamedTuple):
 
 def refuses(problem: Problem, backend: Backend) -> str | None:
     """Return why the working type cannot hold this problem, or None."""
-    if working_dtype(problem, backend) == np.float64:
-        return None
-    scale, cap, sink = problem.multiplier, problem.softcap, problem.sink
+    dtype = working_dtype(problem, backend)
+    return (_inexact(problem) if dtype == np.float32 else None) or _overflows(problem, dtype)
+
+
+def _inexact(problem: Problem) -> str | None:
     for name, x in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
         if x.dtype.kind in "iu" and x.size and max(-int(x.min()), int(x.max())) > FLOAT32_INTEGERS:
             return f"{name} holds integers beyond 2**24, which float32 cannot represent exactly; ask for float64"
     tiny, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-    for name, x in (("scale", scale), ("softcap", cap)):
+    for name, x in (("scale", problem.multiplier), ("softcap", problem.softcap)):
         if x and not tiny <= abs(x) <= most:
             return f"{name} is {x}, outside the normal numbers of float32; ask for float64"
-    if sink is not None and (np.isfinite(sink) & (np.abs(np.asarray(sink, np.float64)) > most)).any():
-        return "sink holds finite numbers beyond float32; ask for float64"
     return None
+
+
+def _overflows(problem: Problem, dtype: np.dtype[Any]) -> str | None:
+    instead = "ask for float64" if dtype == np.float32 else "rescale the arrays"
+
+    def overflows(x: float) -> bool:
+        with np.errstate(over="ignore"):
+            return bool(np.isinf(dtype.type(x)))
+
+    _, S, D, _ = problem.sizes
+    q, k, v = map(_largest, (problem.q, problem.k, problem.v))
+    b, sink = _largest_bias(problem), 0.0 if problem.sink is None else _largest(problem.sink)
+    for name, x in (("q", q), ("k", k), ("v", v), ("bias", b), ("sink", sink)):
+        if overflows(x):
+            return f"{name} holds finite numbers beyond {dtype}; {instead}"
+    if overflows(2 * D * q * k * max(1.0, abs(problem.multiplier)) + b):
+        return f"logits of q, k, scale and bias may overflow {dtype}; {instead}"
+    if overflows(2 * S * v):
+        return f"sums of v may overflow {dtype}; {instead}"
+    return None
+
+
+def _largest(x: NDArray[Any]) -> float:
+    """Return the largest of the finite magnitudes."""
+    x = x if x.dtype.kind in "fiu" else np.asarray(x, np.float64)
+    finite = np.isfinite(x)
+    return max(float(x.max(where=finite, initial=0)), -float(x.min(where=finite, initial=0)))
+
+
+def _largest_bias(problem: Problem) -> float:
+    bias, (T, S, _, _) = problem.bias, problem.sizes
+    if bias is None:
+        return 0.0
+    if isinstance(bias, Table):
+        return _largest(bias.array)
+    keys = np.arange(S)[:: max(1, S - 1)] if isinstance(bias, Alibi) else np.arange(S)  # one is largest at an end
+    flat, rows = range(math.prod(bias.lead)), tiles(np.arange(T), max(1, len(keys)))
+    return max((_largest(bias.block(n, some, keys)) for n in flat for some in rows), default=0.0)
 
 
 def working_dtype(problem: Problem, backend: Backend) -> np.dtype[np.floating[Any]]:
