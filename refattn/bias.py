@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -92,6 +92,10 @@ class Alibi(Bias):
         return slope * (keys - p[:, None]).astype(np.float64)
 
 
+BiasLike: TypeAlias = Bias | ArrayLike | None
+"""What a bias argument may be: a bias, an array (..., T, S) or one that broadcasts against it, or None."""
+
+
 def table(array: ArrayLike) -> Bias:
     """Return an array (..., T, S) of numbers to add to the logits; −inf means unseen.
 
@@ -117,7 +121,7 @@ def alibi(slopes: ArrayLike) -> Bias:
     return Alibi(s)
 
 
-def bind(bias: Bias | ArrayLike | None, T: int, S: int) -> Bias | None:
+def bind(bias: BiasLike, T: int, S: int) -> Bias | None:
     """Return a bias bound to T rows and S keys; an array is a table."""
     if bias is None:
         return None

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, masks, softmax
 from refattn.heads import leads, matrix
-from refattn.masks import Mask, Pairs
+from refattn.masks import Mask, MaskLike, Pairs
 from refattn.partial import Partial
 
 Array = NDArray[np.float64]
@@ -40,7 +40,7 @@ def bound(
     v: ArrayLike,
     *,
     kept: Mask | Pairs | ArrayLike,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> Array:
     r"""How far softmax over the kept keys is from softmax over all that the mask allows, at most (S1).
@@ -103,7 +103,7 @@ def mass(
     k: ArrayLike,
     *,
     kept: Mask | Pairs | ArrayLike,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> Array:
     r"""Softmax mass of the keys that each row leaves out, ρ, (..., T): exactly how far its weights move (S1).

@@ -153,11 +153,11 @@ def problem(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    bias: _bias.Bias | ArrayLike | None = None,
+    bias: _bias.BiasLike = None,
     sink: ArrayLike | None = None,
     softcap: float | None = None,
     order: Order = "softcap, bias",
-    mask: masks.Mask | masks.Pairs | ArrayLike | None = None,
+    mask: masks.MaskLike = None,
     scale: float | None = None,
 ) -> Problem:
     """Check a call once and return it as a `Problem`; v may be `_check.WEIGHTS`."""

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -57,6 +57,10 @@ __all__ = [
     "strided",
     "window",
 ]
+
+
+MaskLike: TypeAlias = Mask | Pairs | ArrayLike | None
+"""What a mask argument may be: a mask, one that is bound, an array of bool (..., T, S), or None, which sees all."""
 
 
 def causal() -> Mask:
@@ -227,7 +231,7 @@ def dense(array: ArrayLike) -> Mask:
     return _Dense(x)
 
 
-def bind(mask: Mask | Pairs | ArrayLike | None, T: int, S: int) -> Pairs | None:
+def bind(mask: MaskLike, T: int, S: int) -> Pairs | None:
     """Return the pairs that a mask argument means for T rows and S keys; None sees all.
 
     Raises
@@ -265,7 +269,7 @@ def prefix_ends(pairs: Pairs) -> Ints | None:
     return None if falls else ends.reshape(*pairs.lead, pairs.T)
 
 
-def meet(mask: Mask | Pairs | ArrayLike | None, pattern: Mask) -> Mask:
+def meet(mask: MaskLike, pattern: Mask) -> Mask:
     """Return what both a mask argument and a method's own pattern see; None sees all.
 
     >>> meet(None, causal())

@@ -22,10 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import _check, engines, masks
 from refattn._mix import TILE_PAIRS, mix, rows_of
 from refattn.arithmetic import Arithmetic
-from refattn.bias import Bias, Table
+from refattn.bias import Bias, BiasLike, Table
 from refattn.engines import Backend, One, Order, Problem
 from refattn.heads import matrix
-from refattn.masks import Mask, Pairs
+from refattn.masks import MaskLike
 from refattn.method import Cost, Method, Option
 from refattn.partial import Partial
 
@@ -75,11 +75,11 @@ def attend(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    bias: Bias | ArrayLike | None = None,
+    bias: BiasLike = None,
     sink: ArrayLike | None = None,
     softcap: float | None = None,
     order: Order = "softcap, bias",
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     backend: str | Backend = "numpy",
 ) -> NDArray[np.floating[Any]]:
@@ -140,11 +140,11 @@ def partial(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    bias: Bias | ArrayLike | None = None,
+    bias: BiasLike = None,
     sink: ArrayLike | None = None,
     softcap: float | None = None,
     order: Order = "softcap, bias",
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     backend: str | Backend = "numpy",
 ) -> Partial:
@@ -167,11 +167,11 @@ def weights(
     q: ArrayLike,
     k: ArrayLike,
     *,
-    bias: Bias | ArrayLike | None = None,
+    bias: BiasLike = None,
     sink: ArrayLike | None = None,
     softcap: float | None = None,
     order: Order = "softcap, bias",
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> NDArray[np.float64]:
     r"""Return the attention matrix p, (..., T, S), whole: the one verb here whose memory is T×S.
@@ -204,11 +204,11 @@ def vjp(
     v: ArrayLike,
     *,
     dlse: ArrayLike | None = None,
-    bias: Bias | ArrayLike | None = None,
+    bias: BiasLike = None,
     sink: ArrayLike | None = None,
     softcap: float | None = None,
     order: Order = "softcap, bias",
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     backend: str | Backend = "numpy",
 ) -> Gradients:
@@ -260,7 +260,7 @@ def vjp(
     return out._replace(bias=out.bias.reshape(np.asarray(bias).shape))
 
 
-def cost(T: int, S: int, D: int, E: int, *, mask: Mask | Pairs | ArrayLike | None = None) -> Cost:
+def cost(T: int, S: int, D: int, E: int, *, mask: MaskLike = None) -> Cost:
     """Return what one head costs: 2(D + E) flops a pair that is seen; of several masks, the dearest.
 
     >>> from refattn import softmax

@@ -206,9 +206,9 @@ OPTION_IDS = [f"{'-'.join(bad)}-{n}" for n, (bad, _, _) in enumerate(OPTIONS)]
 def test_arguments_of_softmax_that_do_not_fit_are_refused(verb, bad, error, name):
     given = {"q": Q, "k": K, "v": V, **bad}
     positional = [given.pop(s) for s in "qkv"]
+    if verb == "weights" and "v" in bad:
+        return  # weights take no v
     if verb == "weights":
-        if "v" in bad:
-            pytest.skip("weights take no v")
         positional = positional[:2]
     if verb == "vjp":
         positional.insert(0, np.ones((*positional[0].shape[:-1], E)))

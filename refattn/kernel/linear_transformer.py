@@ -23,7 +23,7 @@ from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel._feature_map import FeatureMap, elu_plus_one
 from refattn.linear import State
-from refattn.masks import Mask, Pairs, causal
+from refattn.masks import MaskLike, causal
 from refattn.method import Claim, Cost, Method, Option
 
 METHOD = Method(
@@ -60,7 +60,7 @@ def attend(
     *,
     feature_map: FeatureMap = elu_plus_one,
     eps: float = 0.0,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     backend: str | Backend = "numpy",
 ) -> NDArray[np.floating[Any]]:
     r"""Linear attention in time and memory linear in the length (in chunks).
@@ -110,7 +110,7 @@ def weights(
     *,
     feature_map: FeatureMap = elu_plus_one,
     eps: float = 0.0,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
 ) -> NDArray[np.float64]:
     r"""Return the attention matrix κ_ij / (Σ_l κ_il + ε), κ_ij = φ(q_i)·φ(k_j), (..., T, S): eq. (5), in parallel.
 
@@ -140,7 +140,7 @@ def vjp(
     *,
     feature_map: FeatureMap = elu_plus_one,
     eps: float = 0.0,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     backend: str | Backend = "numpy",
 ) -> Gradients:
     r"""Gradients of ⟨do, o⟩, in linear time: a sweep forward for q and one backward for k and v (§3.3.1).
@@ -191,7 +191,7 @@ def bound(
     *,
     feature_map: FeatureMap = elu_plus_one,
     eps: float = 0.0,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> NDArray[np.float64]:
     r"""How far `attend` is from `refattn.softmax.attend` of the same arrays, mask and scale, at most (K1, elementwise).
@@ -276,7 +276,7 @@ def cost(
     E: int,
     *,
     feature_map: FeatureMap = elu_plus_one,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
 ) -> Cost:
     """Return what one head costs: no pair is formed, 2(r+1)(E+1) flops a key and a query each.
 

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, dropped, masks, softmax
 from refattn.engines import Backend
-from refattn.masks import Mask, Pairs
+from refattn.masks import Mask, MaskLike
 from refattn.method import Claim, Cost, Method, Option
 
 METHOD = Method(
@@ -81,7 +81,7 @@ def attend(
     window: int,
     dilation: int = 1,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     backend: str | Backend = "numpy",
 ) -> NDArray[np.floating[Any]]:
@@ -143,7 +143,7 @@ def weights(
     window: int,
     dilation: int = 1,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> Weights:
     """Return the matrices that multiply v and v_global, each (..., T, S): a row lies in one of them.
@@ -170,7 +170,7 @@ def vjp(
     window: int,
     dilation: int = 1,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     backend: str | Backend = "numpy",
 ) -> Gradients:
@@ -201,7 +201,7 @@ def exact(
     k_global: ArrayLike | None = None,
     v_global: ArrayLike | None = None,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> NDArray[np.floating[Any]]:
     """Exact softmax attention of each row with the projections that the row uses: what `bound` is measured against.
@@ -229,7 +229,7 @@ def bound(
     window: int,
     dilation: int = 1,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
 ) -> NDArray[np.float64]:
     r"""How far `attend` is from `exact`, at most (S1 with the row's own dropped keys, elementwise).
@@ -269,7 +269,7 @@ def cost(
     window: int,
     dilation: int = 1,
     tokens: Sequence[int] = (),
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
 ) -> Cost:
     """Return what one head costs: 2(D + E) flops a pair that is seen.
 

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, masks, method, perturbation, rounding, softmax
 from refattn.heads import leads, matrix
-from refattn.masks import Mask, Pairs
+from refattn.masks import MaskLike, Pairs
 from refattn.method import REQUIRED, accepted
 from refattn.study._read import finite
 from refattn.study._table import Row, Table
@@ -56,7 +56,7 @@ def compare(
     k: ArrayLike,
     v: ArrayLike,
     *,
-    mask: Mask | Pairs | ArrayLike | None = None,
+    mask: MaskLike = None,
     scale: float | None = None,
     methods: Sequence[str] | None = None,
     seed: int = 0,
