@@ -25,7 +25,8 @@ K5  Statement    φ = elu + 1, ε = 0, |q_c| ≤ B, |k_jc| ≤ B: TV(p, p̃) ≤
 X1  Statement    A row of n keys, r features that are floats: N = Σκ_jv_j is computed with an error of at most
                  e_N = γ_{r+n}Σ_jΣ_f|φ_f(q)φ_f(k_j)v_j|, D = Σκ_j with at most e_D = γ_{r+n−1}Σ_jΣ_f|φ_f(q)φ_f(k_j)|, in
                  each of three orders: parallel ((φφᵀ)v), recurrent (φ(Σφvᵀ), key by key), chunked (sums of C keys,
-                 added up). Then |fl(N)/fl(D) − N/D| ≤ (e_N + |N/D|e_D)/(|D| − e_D), and one rounding.
+                 added up). Then |fl(N)/fl(D) − N/D| ≤ (e_N + |N/D|e_D)/(|D| − e_D), and one rounding. Each product that
+                 underflows adds at most the least subnormal number, times the factor that is still to come.
     Derivation   1  Parallel: a term passes r roundings in κ (one product, r − 1 sums), one product with v, n − 1 sums.
                  2  Recurrent, chunked: one product φv; the sums over keys, in whatever groups, are a tree with n
                     leaves, at most n − 1 deep; and r for φ(q). Zeros that stand for unseen keys, and an empty state,
