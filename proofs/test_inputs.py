@@ -26,6 +26,7 @@ Numbers are drawn, judged and charged for rounding as `proofs/exact.py` says.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 from flint import arb
@@ -126,10 +127,16 @@ def test_two_equal_keys_reach_the_jacobian_in_the_query(tight: Tight) -> None:
 
 
 def test_one_is_the_best_lipschitz_constant_of_softmax_is_false() -> None:
-    """‖p' − p‖₂ ≤ ‖δ‖₂ is true and twice too large, by P7 and by trying every p of a grid."""
-    p = np.array([(i, j, 32 - i - j) for i in range(33) for j in range(33 - i)]) / 32
-    jacobians = p[:, :, None] * np.eye(3) - p[:, :, None] * p[:, None, :]
-    assert 0.499 < np.linalg.eigvalsh(jacobians).max() < 0.501
+    """‖p' − p‖₂ ≤ ‖δ‖₂ is true and twice too large: exactly, ½ is an eigenvalue of some J, and none is larger.
+
+    ½I − J has the diagonal ½ − p_i(1 − p_i), and the other entries of the row sum to p_i(1 − p_i): Gershgorin.
+    """
+    for i in range(33):
+        for j in range(33 - i):
+            for x in (Fraction(n, 32) for n in (i, j, 32 - i - j)):
+                assert Fraction(1, 2) - x * (1 - x) >= x * (1 - x)
+    half = Fraction(1, 2)
+    assert [half * (1 - half) * 1 - half * half * -1, -half * half * 1 + half * (1 - half) * -1] == [half, -half]
 
 
 def test_self_attention_is_lipschitz_in_its_tokens_is_false() -> None:

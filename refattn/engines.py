@@ -14,6 +14,7 @@ fall-back.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -115,7 +116,7 @@ class Problem:
 
     def all(self) -> Iterator[One]:
         """Yield every problem in the order of the flat leading axes."""
-        return map(self.one, range(int(np.prod(self.leads.shape))))
+        return map(self.one, range(math.prod(self.leads.shape)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,7 +107,7 @@ class Method:
     approximates
         ``"softmax"``, or None: then it has no `bound`.
     rows
-        ``"stochastic"``: weights ≥ 0 that sum to 1 (0 where nothing is seen, less with a sink);
+        ``"stochastic"``: weights ≥ 0 that sum to 1 (0 where nothing is seen, less with a sink or an ε);
         ``"sum to 1"``: signed; ``"any"``: nothing is promised.
     permutable
         Whether keys may be permuted together with every array along S, where there is no mask.

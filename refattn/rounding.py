@@ -258,8 +258,9 @@ def claim_evaluation(
     Claims are made of numbers like logits (dot products of a query with keys or with projected keys, logarithms of
     counts, of sums of exponentials and of sums of positive features), of functions of their differences with
     slope at most ¼ (tanh of a quarter span, the logistic function) or of their softmax, and of products of these
-    with values. With X the largest absolute row sum of a drawn array (0 without) and n ≥ the roundings that touch
-    any term, a number like a logit is off by at most
+    with values. With X the largest absolute row sum of a drawn array (0 without) and n the roundings that touch any
+    term, of which the sums make D + S + r and what a claim does to one number at most 32, a number like a logit is
+    off by at most
 
     .. math:: \varepsilon_i = \gamma_n \big(|\sigma| (1 + X) \textstyle\sum_c |q_{ic}| \max_j |k_{jc}|
               + \max_c |q_{ic}| + \max_{jc} |k_{jc}| + \ln S + 1\big),

@@ -449,3 +449,4 @@ def test_every_signature_is_its_declaration(name):
         assert all(option.domain(x) for x in option.values({"T": 64, "S": 64, "D": 8, "E": 8}))
     assert [*inspect.signature(module.cost).parameters][:4] == ["T", "S", "D", "E"]
     assert module.Gradients._fields == tuple(declared.arrays)
+    assert module.__name__ == ".".join(filter(None, ("refattn", declared.family, declared.name)))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, masks, method, perturbation, rounding, softmax
+from refattn._mix import tiles
 from refattn.heads import leads, matrix
 from refattn.masks import MaskLike, Pairs
 from refattn.method import REQUIRED, accepted
@@ -20,7 +21,6 @@ from refattn.study._table import Row, Table
 
 Array = NDArray[np.float64]
 Source = Literal["draw", "fit"] | None
-TILE_PAIRS = 2**20
 
 
 class _Sweep(NamedTuple):
@@ -221,7 +221,7 @@ def _exact(one: Mapping[str, Array], seen: Pairs | None, scale: float | None) ->
     q, k, v = (one[name] for name in "qkv")
     T, S = len(q), len(k)
     spread = np.zeros((T, v.shape[1]))
-    for rows in np.array_split(np.arange(T), max(1, T * S // TILE_PAIRS)):
+    for rows in tiles(np.arange(T), S):
         spread[rows] = perturbation.spread(v, None if seen is None else seen.seen(rows, np.arange(S)))
     o = np.asarray(softmax.attend(q, k, v, mask=seen, scale=scale), np.float64)
     return _Exact(o, rounding.allowance(softmax.attend, q, k, v, mask=seen, scale=scale), spread)
