@@ -71,5 +71,14 @@ def test_elementary_functions_keep_their_hypothesis(
         assert_within(y, truth, units * (1 - 2 * units) * np.abs(y) + TINY)
 
 
+@pytest.mark.parametrize(("f", "real"), [(np.sin, arb.sin), (np.cos, arb.cos)])
+def test_sine_and_cosine_are_within_four_units_of_one(f: Callable[[Any], Any], real: Callable[[arb], arb]) -> None:
+    turns = beside(np.arange(-2000, 2000) * (np.pi / 4))
+    x = np.concatenate([RNG.uniform(-100, 100, SPREAD), powers(-1022, 1023, 4000), powers(-30, 20, 4000), turns])
+    truth = Ball(np.array([real(arb(a)) for a in x.tolist()], object))
+    for y in (f(x), np.array([f(a) for a in x])):
+        assert_within(y, truth, np.full(len(x), TANH))
+
+
 def test_the_units_are_stated_once() -> None:
     assert (EXP, TANH) == (2 * U, LIBM * U)

@@ -7,6 +7,7 @@ come from one text. There are two: `refattn.rounding.Bounded` (a value with a pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -16,8 +17,8 @@ from numpy.typing import NDArray
 class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
     """Base of the arithmetics: two-dimensional arrays, without leading axes.
 
-    A subclass supplies `shape`, `floats`, `mT`, indexing, `sum` and, through `__array_ufunc__`, the ufuncs named in
-    `UFUNCS`; and it supplies the engines, whose order of operations the verbs do not spell out:
+    A subclass supplies `shape`, `floats`, `mT`, indexing, `sum`, `join` and, through `__array_ufunc__`, the ufuncs
+    named in `UFUNCS`; and it supplies the engines, whose order of operations the verbs do not spell out:
     `softmax_forward`, `softmax_backward`, `linear_forward`, `linear_backward`.
     """
 
@@ -30,6 +31,9 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
         "matmul",
         "exp",
         "log",
+        "sqrt",
+        "sin",
+        "cos",
         "maximum",
         "minimum",
     )
@@ -57,6 +61,11 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
         """Return exact numbers in this arithmetic."""
         raise NotImplementedError
 
+    @classmethod
+    def join(cls, parts: Sequence[Any], axis: int) -> Self:
+        """Return arrays joined along an axis."""
+        raise NotImplementedError
+
     def softmax_forward(self, one: Any) -> tuple[Any, Any]:
         """Return o and lse of one problem."""
         raise NotImplementedError
@@ -74,3 +83,13 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
     ) -> tuple[Any, Any, Any]:
         """Return gradients with respect to the features of q and k, and to v."""
         raise NotImplementedError
+
+
+def concatenate(*parts: Any, axis: int = 0) -> Any:
+    """Return matrices joined along an axis, in the arithmetic that any of them is in.
+
+    >>> concatenate(np.zeros((1, 1)), np.ones((1, 1))).tolist()
+    [[0.0], [1.0]]
+    """
+    kind = next((type(x) for x in parts if isinstance(x, Arithmetic)), None)
+    return np.concatenate(parts, axis) if kind is None else kind.join([kind.lift(x) for x in parts], axis)

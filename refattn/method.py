@@ -94,7 +94,7 @@ class Method:
     options, draw_options
         Options of `attend`, and of `draw` and `fit`.
     drawn
-        Arrays that `draw` makes, in the order in which it returns them.
+        Arrays, or options, that `draw` makes, in the order in which it returns them.
     linear_in
         Arguments that the output is linear in; `weights` drops them and returns one matrix for each.
     budget

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any, Self, cast
 
 import numpy as np
@@ -32,7 +33,8 @@ The libraries and loops that NumPy uses stay near half a unit; `proofs/test_elem
 TANH = 8 * U
 """Hypothesis Hlibm: NumPy's other float64 functions are within four units in the last place, and TINY.
 
-NumPy promises as much of its own loops; `proofs/test_elementary.py` measures tanh, the one that verbs call.
+NumPy promises as much of its own loops; `proofs/test_elementary.py` measures those that verbs call: tanh, and sin and
+cos, of which only an absolute error is taken, four units of 1.
 """
 TINY = 2.0**-1073
 """Above what gradual underflow may add to one operation."""
@@ -101,6 +103,11 @@ class Bounded(Arithmetic):
         """Index both."""
         return Bounded(self.value[index], self.error[index])
 
+    @classmethod
+    def join(cls, parts: Sequence[Any], axis: int) -> Self:
+        """Return arrays joined along an axis."""
+        return cls(np.concatenate([x.value for x in parts], axis), np.concatenate([x.error for x in parts], axis))
+
     def sum(self, axis: int, keepdims: bool = False) -> Bounded:
         """Sum along an axis, in any order."""
         size = self.bulk()
@@ -152,6 +159,20 @@ class Bounded(Arithmetic):
             error = np.log1p(self.error / (self.value - 2 * self.error))
             error = error + EXP * (np.abs(value) + 2 * error)
         return Bounded(value, np.where(2 * self.error < self.value, error, np.inf))
+
+    def _sqrt(self) -> Bounded:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            value, least = np.sqrt(self.value), self.value - self.error
+            # |√a − √b| is |a − b| ÷ (√a + √b), where the real number is at least `least`; and at most √|a − b|
+            error = np.minimum(self.error / np.sqrt(np.maximum(least, 0.0)), np.sqrt(self.error))
+            error = np.where(self.error == 0, 0.0, error)
+            return Bounded(value, np.where(least >= 0, error + U * (value + 2 * error), np.inf))
+
+    def _sin(self) -> Bounded:
+        return Bounded(np.sin(self.value), np.minimum(self.error, 2.0) + TANH)
+
+    def _cos(self) -> Bounded:
+        return Bounded(np.cos(self.value), np.minimum(self.error, 2.0) + TANH)
 
     def _maximum(self, other: Bounded) -> Bounded:
         return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))
@@ -250,8 +271,35 @@ def _errors(answer: Any) -> Any:
     return type(whole)(*parts) if hasattr(whole, "_fields") else tuple(parts)
 
 
+def claim_rounding(module: ModuleType, arrays: Mapping[str, ArrayLike], options: Mapping[str, Any]) -> Array:
+    """Return `claim_evaluation` of a method's claims over the arrays: (T, E).
+
+    A module whose claims are made of more than dot products has a function ``claim_logits``, with `bound`'s arguments,
+    that answers how far its numbers like logits may be off, (T,).
+
+    >>> from refattn import softmax
+    >>> x = np.array([[0.5], [1.0]])
+    >>> claim_rounding(softmax, {"q": x, "k": x, "v": x}, {}).shape
+    (2, 1)
+    """
+    from refattn.method import Method, accepted
+
+    declared: Method = module.METHOD
+    drawn = [x for name in declared.drawn if (x := arrays.get(name)) is not None and "S" in declared.arrays[name]]
+    own = getattr(module, "claim_logits", None)
+    logits = 0.0 if own is None else own(**accepted(own, {**arrays, **options}))
+    q, k, v = (arrays[name] for name in "qkv")
+    return claim_evaluation(q, k, v, drawn=drawn, scale=options.get("scale"), logits=logits)
+
+
 def claim_evaluation(
-    q: ArrayLike, k: ArrayLike, v: ArrayLike, *, drawn: Sequence[ArrayLike] = (), scale: float | None = None
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    drawn: Sequence[ArrayLike] = (),
+    scale: float | None = None,
+    logits: ArrayLike = 0.0,
 ) -> Array:
     r"""Return how far the float64 value of a claim may be below the claim, beside what õ in it costs.
 
@@ -279,6 +327,8 @@ def claim_evaluation(
         The arrays that the method draws.
     scale : float, optional
         σ; the real number 1/√D unless given.
+    logits : (T,), optional
+        How far numbers like logits that are made in another way may be off: it is added to ε.
 
     Returns
     -------
@@ -296,7 +346,7 @@ def claim_evaluation(
     n, S = q.shape[1] + len(k) + max(map(len, sums), default=0) + 32, max(len(k), 1)
     size = abs(_check.scale(scale, q.shape[1])) * stretch * (q @ k.max(axis=0, initial=0.0))
     size = size + q.max(axis=1, initial=0.0) + k.max(initial=0.0) + math.log(S) + 1
-    return 4 * stretch * gamma(n) * (size + 1)[:, None] * v.max(axis=0, initial=0.0)
+    return 4 * stretch * (gamma(n) * (size + 1) + logits)[:, None] * v.max(axis=0, initial=0.0)
 
 
 class _Rows:

@@ -63,7 +63,7 @@ def attend_is_within_rounding_of_ball_arithmetic(module, data):
         within(case.attend(), lifted(case).attend(), allowance(case))
 
 
-@law()
+@law(lambda module: bool(module.METHOD.linear_in))
 def weights_are_within_rounding_of_ball_arithmetic(module, data):
     case = data.draw(cases(module))
     bounds = allowances(case)
@@ -72,7 +72,7 @@ def weights_are_within_rounding_of_ball_arithmetic(module, data):
             within(w, truth, bounds[name])
 
 
-@law()
+@law(lambda module: bool(module.METHOD.linear_in))
 def attend_is_weights_times_values(module, data):
     case = data.draw(cases(module))
     bounds, total, room = allowances(case), 0.0, allowance(case)
@@ -83,7 +83,7 @@ def attend_is_weights_times_values(module, data):
     within(case.attend(), total, room)
 
 
-@law(declares(rows=("stochastic", "sum to 1")))
+@law(lambda module: module.METHOD.linear_in and module.METHOD.rows in ("stochastic", "sum to 1"))
 def rows_of_weights_sum_to_what_is_declared(module, data):
     case = data.draw(cases(module))
     total = sum(w.sum(axis=1) for w in case.weights().values())
@@ -128,7 +128,7 @@ def leading_axes_are_independent(module, data):
 @law()
 def grouped_heads_are_repeated_heads(module, data):
     case = data.draw(cases(module, masked=False))
-    keyed = [name for name in case.arrays if "S" in letters(case, name) and "T" not in letters(case, name)]
+    keyed = [name for name in case.arrays if letters(case, name) and "T" not in letters(case, name)]
     few = {name: np.stack([case.arrays[name], case.arrays[name][::-1]]) for name in keyed}
     many = {name: np.stack([case.arrays[name]] * 4) for name in case.arrays if name not in keyed}
     grouped = case.given(**few, **many).attend()
@@ -297,10 +297,14 @@ def empty_sizes_are_answered(module, data):
                 arrays[name] = np.ones([{"T": T, "S": S, "r": 1}.get(a, 2) for a in letters])
         sizes = {"T": T, "S": S, "D": 2, "E": 2}
         chosen = {name: option.values(sizes)[0] for name, option in case.method.options.items() if name in case.options}
+        if set(case.method.drawn) & set(chosen):
+            picked = {name: option.values(sizes)[0] for name, option in case.method.draw_options.items()}
+            made = module.draw(np.random.default_rng(0), *(arrays[s] for s in "qkv"), **picked)
+            chosen |= {s: x for s, x in zip(case.method.drawn, made, strict=True) if s in chosen}
         case = case.given(**arrays, **chosen)
         o = case.attend()
         assert o.shape == (T, 2) and np.isfinite(o).all()
-        if S == 0:
+        if S == 0 and case.method.linear_in:
             assert (o == 0).all()
         for name, g in case.vjp(np.ones((T, 2))).items():
             assert g.shape == arrays[name].shape and np.isfinite(g).all()
@@ -310,10 +314,8 @@ def empty_sizes_are_answered(module, data):
 def every_claim_over_the_arrays_holds(module, data):
     case = data.draw(cases(module))
     o, exact, bound = case.attend(), case.exact(), case.bound()
-    drawn = [case.arrays[name] for name in case.method.drawn]
-    q, k, v = (case.arrays[name] for name in "qkv")
     room = 2 * allowance(case) + exact_allowance(case)  # õ is in the error and in the claim
-    room = room + rounding.claim_evaluation(q, k, v, drawn=drawn, scale=case.options.get("scale"))
+    room = room + case.claim_rounding()
     assert (abs(o - exact) <= bound + room + rounding.U * abs(o - exact)).all()
 
 
@@ -393,8 +395,8 @@ OUTSIDE = (-1, -0.5, 0, 0.0, np.nan, np.inf, "no", None, (-1,), object())
 @pytest.mark.parametrize("name", MODULES)
 def test_values_outside_a_declared_domain_are_refused(name):
     module, q = MODULES[name], np.ones((3, 2))
-    declared, arrays = module.METHOD, {"r S": np.ones((1, 3))}
-    given_arrays = [arrays.get(declared.arrays[s], q) for s in declared.required]
+    declared, lengths = module.METHOD, {"T": 3, "S": 3, "D": 2, "E": 2}
+    given_arrays = [np.ones([lengths.get(a, 1) for a in declared.arrays[s].split()]) for s in declared.required]
     needed = {s: option.values({"T": 3, "S": 3, "D": 2, "E": 2})[0] for s, option in declared.options.items()}
 
     def draws(**options):
@@ -430,6 +432,8 @@ def test_every_signature_is_its_declaration(name):
         ),
         "vjp": (["do", *declared.required], [*options, *scale, "backend"]),
     }
+    if not declared.linear_in:
+        del wanted["weights"]
     if hasattr(module, "partial"):
         wanted["partial"] = wanted["attend"]
         wanted["vjp"][1].insert(0, "dlse")
@@ -438,7 +442,11 @@ def test_every_signature_is_its_declaration(name):
     if declared.drawn:
         wanted["draw"] = (["rng", "q", "k", "v"], [*declared.draw_options])
     for claim in declared.claims:
-        wanted[claim.verb] = ([*declared.required], [*options, "scale"])
+        if claim.over == "arrays":
+            wanted[claim.verb] = ([*declared.required], [*options, "scale"])
+        else:  # what is drawn is not given; how it is drawn is, and which rows are asked for
+            given = [s for s in declared.required if s not in declared.drawn]
+            wanted[claim.verb] = (given, [*declared.draw_options, *declared.options, "delta", "rows", *common, "scale"])
     for verb, (positional, keyword) in wanted.items():
         parameters = inspect.signature(getattr(module, verb)).parameters.values()
         assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional, verb
@@ -447,6 +455,7 @@ def test_every_signature_is_its_declaration(name):
         default = inspect.signature(module.attend).parameters[option_name].default
         assert default is inspect.Parameter.empty if option.default is method.REQUIRED else default == option.default
         assert all(option.domain(x) for x in option.values({"T": 64, "S": 64, "D": 8, "E": 8}))
+    assert set(declared.drawn) <= {*declared.arrays, *declared.options}
     assert [*inspect.signature(module.cost).parameters][:4] == ["T", "S", "D", "E"]
     assert module.Gradients._fields == tuple(declared.arrays)
     assert module.__name__ == ".".join(filter(None, ("refattn", declared.family, declared.name)))

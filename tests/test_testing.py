@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import rounding, softmax
+from refattn.arithmetic import concatenate
 from refattn.rounding import Bounded, allowance, gamma
 from refattn.testing import Ball, assert_within
 from refattn.testing.ball import precision
@@ -235,6 +236,9 @@ def test_known_values_are_enclosed():
         (Ball.lift(0.5)._tanh(), (arb(1).exp() - 1) / (arb(1).exp() + 1)),
         (np.maximum(Ball.lift(1.0), 2.0), arb(2)),
         (np.minimum(Ball.lift(1.0), 2.0), arb(1)),
+        (np.sqrt(Ball.lift(2.0)) * np.sqrt(Ball.lift(2.0)), arb(2)),
+        (np.cos(Ball(arb.pi())), arb(-1)),
+        (np.sin(Ball(arb.pi() / 6)), arb(0.5)),
     ):
         assert got.cells.item().overlaps(truth)
         assert got.cells.item().rad() < 2.0**-180
@@ -247,6 +251,9 @@ def slope(f, x, step=1.0):
 def test_derivatives_are_the_known_ones():
     assert slope(np.exp, 1.0).overlaps(arb.const_e())
     assert slope(np.log, 4.0) == arb(0.25)
+    assert slope(np.sqrt, 4.0) == arb(0.25)
+    assert slope(np.sin, 0.0) == 1
+    assert slope(np.cos, 1.0).overlaps(-arb(1).sin())
     assert slope(lambda x: x * x * x, 2.0) == 12
     assert slope(lambda x: 1.0 - 2.0 * x, 5.0) == -2
     assert slope(lambda x: 3.0 / x, 2.0) == arb(-0.75)
@@ -390,13 +397,14 @@ def test_the_bound_of_sums_and_matrix_products_holds_in_any_order(xs, order):
 SMALL = st.one_of(st.integers(-8, 8).map(float), st.floats(-30, 30))
 
 
-@pytest.mark.parametrize("f", [np.exp, np.log])
+@pytest.mark.parametrize("f", [np.exp, np.log, np.sqrt, np.sin, np.cos])
 @given(data=st.data())
 def test_the_bound_of_elementary_functions_holds_at_its_ends(f, data):
-    x, real, other = data.draw(known(SMALL if f is np.exp else st.floats(2.0**-20, 30)))
-    if f is np.log and (real <= 0 or other <= 0):
+    halfline = f in (np.log, np.sqrt)
+    x, real, other = data.draw(known(st.floats(2.0**-20, 30) if halfline else SMALL))
+    if halfline and (real <= 0 or other <= 0):
         return
-    got, truth = f(x), rational(real).exp() if f is np.exp else rational(real).log()
+    got, truth = f(x), getattr(rational(real), f.__name__)()
     room = got.error.item() * rounding.EVALUATION
     if math.isfinite(room):
         assert max(Ball(truth).distance(v) for v in (got.value, f(other))) <= room
@@ -411,9 +419,17 @@ def test_products_that_underflow_are_charged():
     holds(Bounded.lift(2.0**-600) * 2.0**-600, Fraction(2) ** -1200, 0.0)
 
 
+@pytest.mark.parametrize(("kind", "whole"), [(Ball, Ball.floats), (Bounded, lambda x: x.value)])
+def test_arrays_are_joined_in_the_arithmetic_of_any_of_them(kind, whole):
+    joined = concatenate(np.zeros((1, 2)), kind.lift([[1.0, 2.0]]))
+    assert type(joined) is kind and whole(joined).tolist() == [[0.0, 0.0], [1.0, 2.0]]
+    assert whole(concatenate(kind.lift([[1.0]]), [[2.0]], axis=1)).tolist() == [[1.0, 2.0]]
+
+
 def test_what_may_be_anything_has_an_infinite_bound():
     assert (Bounded(1.0, 0.0) / Bounded(0.5, 1.0)).error == np.inf
     assert np.log(Bounded(0.5, 1.0)).error == np.inf
+    assert np.sqrt(Bounded(0.5, 1.0)).error == np.inf
     assert gamma(2**53) == np.inf
     assert gamma(4, u=0.125) == 1.0
 

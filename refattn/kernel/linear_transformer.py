@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, linear, perturbation
-from refattn._mix import tiles
 from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import matrix
+from refattn.kernel import _ratio
 from refattn.kernel._feature_map import FeatureMap, elu_plus_one
 from refattn.linear import State
 from refattn.masks import MaskLike, causal
@@ -290,23 +290,9 @@ def cost(
 
 
 def _bound(call: linear.Problem, n: int, o: NDArray[np.float64], sigma: float) -> NDArray[np.float64]:
-    """Return the bound of one problem; rows that see nothing are 0."""
     q, k, v, ends = call.one(n)
     q, k, v, phi = _check.widened(q), _check.widened(k), _check.widened(v), call.feature_map.of
-    out, live = np.zeros_like(o), np.flatnonzero(ends)
-    if len(live) == 0:
-        return out
-    fk, low, high = phi(k), np.minimum.accumulate(v), np.maximum.accumulate(v)
-    for rows in tiles(live, len(k)):
-        seen = np.arange(len(k)) < ends[rows][:, None]
-        kappa = phi(q[rows]) @ fk.T
-        positive = seen & (kappa > 0)
-        ratio = np.log(np.where(positive, kappa, 1.0)) - sigma * (q[rows] @ k.T)
-        span = np.where(seen, ratio, -np.inf).max(axis=1) - np.where(seen, ratio, np.inf).min(axis=1)
-        sure = (positive == seen).all(axis=1)
-        tv = perturbation.tilt_total_variation(np.where(sure, span, 0.0))[:, None]
-        shrink = call.eps / np.where(sure, np.where(seen, kappa, 0.0).sum(axis=1), 1.0)[:, None]
-        lo, hi, here = low[ends[rows] - 1], high[ends[rows] - 1], o[rows]
-        claim = np.where(sure[:, None], tv * (hi - lo) + np.abs(here) * shrink, np.inf)
-        out[rows] = np.minimum(claim, np.maximum(np.abs(here - lo), np.abs(hi - here)))
-    return out
+    fk = phi(k)
+    return _ratio.bound(
+        o, v, ends, lambda rows: phi(q[rows]) @ fk.T, lambda rows: sigma * (q[rows] @ k.T), eps=call.eps
+    )

@@ -242,8 +242,7 @@ def _measure(module: ModuleType, one: Mapping[str, Array], exact: _Exact, common
         return _Measured(error, exact.spread, None, slack, seconds)
     verb = getattr(module, claim.verb)
     bound = np.broadcast_to(verb(*arrays, **accepted(verb, common)), error.shape)
-    drawn = [one[name] for name in declared.drawn]
-    evaluation = rounding.claim_evaluation(one["q"], one["k"], one["v"], drawn=drawn, scale=common["scale"])
+    evaluation = rounding.claim_rounding(module, one, common)
     return _Measured(error, exact.spread, bound, slack + own + evaluation, seconds)  # õ is in the claim too
 
 

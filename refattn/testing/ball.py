@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -94,6 +94,19 @@ class Dual:
         """Natural logarithm."""
         return Dual(self.x.log(), self.dx / self.x)
 
+    def sqrt(self) -> Dual:
+        """Square root."""
+        y = self.x.sqrt()
+        return Dual(y, self.dx / (y + y))
+
+    def sin(self) -> Dual:
+        """Sine."""
+        return Dual(self.x.sin(), self.x.cos() * self.dx)
+
+    def cos(self) -> Dual:
+        """Cosine."""
+        return Dual(self.x.cos(), -(self.x.sin() * self.dx))
+
     def tanh(self) -> Dual:
         """Hyperbolic tangent."""
         c = self.x.cosh()  # 1 − tanh² would cancel where tanh is near 1
@@ -159,6 +172,11 @@ class Ball(Arithmetic):
         """Reshape the array."""
         return Ball(self.cells.reshape(*shape))
 
+    @classmethod
+    def join(cls, parts: Sequence[Any], axis: int) -> Self:
+        """Return arrays joined along an axis."""
+        return cls(np.concatenate([x.cells for x in parts], axis))
+
     def sum(self, axis: int | None = None, keepdims: bool = False) -> Ball:
         """Sum along an axis, or of everything."""
         if axis is None:
@@ -220,6 +238,15 @@ class Ball(Arithmetic):
 
     def _log(self) -> Ball:
         return Ball(_map(lambda a: a.log(), self.cells))
+
+    def _sqrt(self) -> Ball:
+        return Ball(_map(lambda a: a.sqrt(), self.cells))
+
+    def _sin(self) -> Ball:
+        return Ball(_map(lambda a: a.sin(), self.cells))
+
+    def _cos(self) -> Ball:
+        return Ball(_map(lambda a: a.cos(), self.cells))
 
     def _tanh(self) -> Ball:
         return Ball(_map(lambda a: a.tanh(), self.cells))

@@ -64,6 +64,12 @@ class Case:
         positional, named = self.arguments()
         return self.module.bound(*positional, **named)
 
+    def claim_rounding(self) -> Any:
+        """Return what evaluating the bound may cost, beside the rounding of the answer."""
+        from refattn import rounding
+
+        return rounding.claim_rounding(self.module, self.arrays, self.options)
+
     def exact(self) -> Any:
         """Return what `bound` is measured against: the module's `exact`, or softmax attention."""
         from refattn import softmax
@@ -107,6 +113,7 @@ def cases(
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(KINDS))
     arrays: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, axes in method.arrays.items():
         if name in method.drawn or (axes.endswith("?") and not draw(st.booleans())):
             continue
@@ -115,12 +122,11 @@ def cases(
     if method.drawn:
         chosen = {name: draw(st.sampled_from(option.values(sizes))) for name, option in method.draw_options.items()}
         made: tuple[Any, ...] = module.draw(rng, arrays["q"], arrays["k"], arrays["v"], **chosen)
-        arrays.update(zip(method.drawn, made, strict=True))
-    options = {
-        name: draw(st.sampled_from(option.values(sizes)))
-        for name, option in method.options.items()
-        if option.default is REQUIRED or draw(st.booleans())
-    }
+        arrays.update((name, x) for name, x in zip(method.drawn, made, strict=True) if name in method.arrays)
+        options.update((name, x) for name, x in zip(method.drawn, made, strict=True) if name in method.options)
+    for name, option in method.options.items():
+        if name not in method.drawn and (option.default is REQUIRED or draw(st.booleans())):
+            options[name] = draw(st.sampled_from(option.values(sizes)))
     if method.masks != "none":
         options["mask"] = draw(prefix_masks(sizes) if method.masks == "prefix" else any_masks(sizes, rng))
         if masked is False:
