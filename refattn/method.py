@@ -18,6 +18,7 @@ REQUIRED: Any = ...
 
 TABLE: tuple[str, ...] = (
     "refattn.softmax",
+    "refattn.sparse.sparse_transformer",
     "refattn.sparse.longformer",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
