@@ -19,6 +19,7 @@ REQUIRED: Any = ...
 TABLE: tuple[str, ...] = (
     "refattn.softmax",
     "refattn.sparse.sparse_transformer",
+    "refattn.sparse.local_global",
     "refattn.sparse.longformer",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",

@@ -1,5 +1,5 @@
 """Sparse attention: exact softmax over fewer pairs."""
 
-from refattn.sparse import longformer, sparse_transformer
+from refattn.sparse import local_global, longformer, sparse_transformer
 
-__all__ = ["longformer", "sparse_transformer"]
+__all__ = ["local_global", "longformer", "sparse_transformer"]
