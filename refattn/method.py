@@ -18,9 +18,9 @@ REQUIRED: Any = ...
 
 TABLE: tuple[str, ...] = (
     "refattn.softmax",
+    "refattn.sparse.longformer",
     "refattn.sparse.sparse_transformer",
     "refattn.sparse.local_global",
-    "refattn.sparse.longformer",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
 )

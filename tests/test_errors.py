@@ -17,7 +17,6 @@ T, S, D, E, R = 3, 5, 2, 4, 2
 SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R}
 Q, K, V, DO = np.ones((T, D)), np.ones((S, D)), np.ones((S, E)), np.ones((T, E))
 P = np.ones((R, S))
-REQUIRED = {longformer: {"window": 1}}
 MODULES = list(method.modules().values())
 
 
@@ -39,6 +38,12 @@ def arguments(module):
     }
 
 
+def needed(module):
+    """A value of every option that has no default."""
+    options = module.METHOD.options.items()
+    return {name: option.values(SIZES)[0] for name, option in options if option.default is method.REQUIRED}
+
+
 def call(module, verb, arrays):
     """Call a verb of a method with arrays by name."""
     declared, given = module.METHOD, dict(arrays)
@@ -46,7 +51,7 @@ def call(module, verb, arrays):
         given = {name: x for name, x in given.items() if name not in declared.linear_in}
     first = [DO] if verb == "vjp" else []
     positional = [given.pop(name) for name in declared.required if name in given]
-    return getattr(module, verb)(*first, *positional, **given, **REQUIRED.get(module, {}))
+    return getattr(module, verb)(*first, *positional, **given, **needed(module))
 
 
 def refuses(error, name, work):
@@ -147,7 +152,7 @@ def test_key_heads_that_do_not_divide_query_heads_are_refused(module, verb):
         arrays[name] = np.ones((2, *arrays[name].shape))
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             if verb == "vjp":
-                module.vjp(np.ones((3, T, E)), *arrays.values(), **REQUIRED.get(module, {}))
+                module.vjp(np.ones((3, T, E)), *arrays.values(), **needed(module))
             else:
                 call(module, verb, arrays)
 
