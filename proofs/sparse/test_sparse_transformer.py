@@ -105,6 +105,7 @@ def test_rows_that_drop_nothing_have_bound_zero(case: Case) -> None:
     assert (case.bound()[~pattern(case)[1].any(axis=1)] == 0).all()
 
 
+@settings(max_examples=50)
 @given(case=problems(), part=st.sampled_from(("merged", "first")))
 def test_a_length_that_covers_all_keys_is_causal_attention(tight: Tight, case: Case, part: str) -> None:
     case = case.given(length=case.sizes["S"], columns=1, part=part)
@@ -206,6 +207,7 @@ def test_that_the_average_of_the_heads_is_attention_over_both_parts_is_false(kin
     assert (merged > arb(SHARP)) and ((one + two) / 2 < arb(1) / 2)
 
 
+@settings(max_examples=50)
 @given(kind=st.sampled_from(PATTERNS), length=st.integers(2, 4), more=st.integers(1, 4), sharp=st.integers(8, 40))
 def test_that_two_hops_reach_every_key_bounds_the_error_of_one_layer_is_false(
     tight: Tight, kind: str, length: int, more: int, sharp: int
