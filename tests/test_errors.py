@@ -10,7 +10,7 @@ from refattn import Backend, bias, dropped, engines, linear, masks, method, part
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer
-from refattn.sparse import longformer
+from refattn.sparse import local_global, longformer, sparse_transformer
 from refattn.testing import Ball
 
 T, S, D, E, R = 3, 5, 2, 4, 2
@@ -306,6 +306,20 @@ CALLS = [
     ("tokens", ValueError, lambda: longformer.attend(Q, K, V, window=1, tokens=(-1,))),
     ("tokens", TypeError, lambda: longformer.attend(Q, K, V, window=1, tokens=(0.5,))),
     ("tokens", TypeError, lambda: longformer.attend(Q, K, V, window=1, tokens=5)),
+    ("length", ValueError, lambda: sparse_transformer.attend(Q, K, V, length=0)),
+    ("columns", ValueError, lambda: sparse_transformer.attend(Q, K, V, pattern="fixed", length=2, columns=3)),
+    ("part", ValueError, lambda: sparse_transformer.attend(Q, K, V, length=2, part="alternate")),
+    ("part", ValueError, lambda: sparse_transformer.bound(Q, K, V, length=2, part="alternate")),
+    ("pattern", ValueError, lambda: sparse_transformer.cost(T, S, D, E, length=2, pattern="sliding")),
+    ("mask", ValueError, lambda: sparse_transformer.exact(Q, K, V, mask=masks.causal().on(T, S + 1))),
+    ("positions", ValueError, lambda: local_global.attend(Q, K, V, positions=(S,))),
+    ("positions", ValueError, lambda: local_global.bound(Q, K, V, positions=(-1,))),
+    ("positions", TypeError, lambda: local_global.attend(Q, K, V, positions=3)),
+    ("block", ValueError, lambda: local_global.attend(Q, K, V, positions=(), block=0)),
+    ("form", ValueError, lambda: local_global.attend(Q, K, V, positions=(), form="average")),
+    ("sampled", ValueError, lambda: local_global.draw(np.random.default_rng(0), Q, K, V, sampled=-1)),
+    ("rng", TypeError, lambda: local_global.draw(0, Q, K, V, sampled=1)),
+    ("mask", ValueError, lambda: local_global.attend(Q, K, V, positions=(), mask=masks.causal().on(T, S + 1))),
     ("v", TypeError, lambda: softmax.attend(Q, K, None)),
     ("v", TypeError, lambda: linear_transformer.attend(Q, K, None)),
     ("dtype", ValueError, lambda: softmax.attend(Q, K, V, backend=Backend("numpy", dtype="float32"))),
