@@ -22,6 +22,7 @@ TABLE: tuple[str, ...] = (
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
     "refattn.kernel.gaussian",
+    "refattn.kernel.polynomial",
 )
 
 

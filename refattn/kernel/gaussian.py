@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, engines, masks, perturbation, softmax
+from refattn import _check, engines, perturbation, softmax
 from refattn._mix import tiles
 from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend, One, Problem
@@ -111,7 +111,7 @@ def weights(q: ArrayLike, k: ArrayLike, *, mask: MaskLike = None, scale: float |
     call = _problem(q, k, _check.WEIGHTS, mask, scale)
     T, S, D, _ = call.sizes
     if isinstance(call.q, Arithmetic):
-        ones = call.q.lift(np.zeros((T, 1))), call.q.lift(np.zeros((S, 1)))
+        ones: Any = call.q.lift(np.zeros((T, 1))), call.q.lift(np.zeros((S, 1)))
         return softmax.weights(*ones, bias=scaled(_distances(call.q, call.k), scale, D) / -2.0, mask=mask, scale=1.0)
     logits = np.empty((*call.leads.shape, T, S))
     with np.errstate(over="ignore", invalid="ignore"):
@@ -186,7 +186,7 @@ def bound(
     """
     call = _problem(q, k, v, mask, scale)
     with np.errstate(all="ignore"):  # an answer that overflows has the bound NaN or ∞
-        o = attend(q, k, v, mask=mask, scale=scale)
+        o = np.asarray(attend(q, k, v, mask=mask, scale=scale), np.float64)
         out = np.zeros_like(o)
         for n, one in enumerate(call.all()):
             _bound(matrix(out, n), matrix(o, n), one)
