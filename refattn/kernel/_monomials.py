@@ -52,12 +52,10 @@ def feature_map(name: str, c: Mapping[Monomial, Fraction], scale: float | None) 
     falls = [_falls(c, place, variable) for variable in range(depth)]
 
     def roots(x: Any) -> Any:
-        top, bottom = (x.lift(row) for row in parts) if isinstance(x, Arithmetic) else parts
-        return np.sqrt(top / bottom)
+        return np.sqrt(_like(x, parts[0]) / parts[1])
 
     def powers(y: Any) -> Any:
-        one = np.ones((y.shape[0], 1))
-        levels: list[Any] = [y.lift(one) if isinstance(y, Arithmetic) else one]
+        levels = [_like(y, np.ones((y.shape[0], 1)))]
         for t in range(1, degree + 1):
             at = slice(ends[t], ends[t + 1])
             levels.append(levels[-1][:, parent[at] - ends[t - 1]] * y[:, last[at]])
@@ -73,6 +71,10 @@ def feature_map(name: str, c: Mapping[Monomial, Fraction], scale: float | None) 
         return rooted(concatenate(*columns, axis=1), scale, depth)
 
     return FeatureMap(name, of, pull)
+
+
+def _like(x: Any, numbers: Any) -> Any:
+    return x.lift(numbers) if isinstance(x, Arithmetic) else numbers
 
 
 def _falls(c: Mapping[Monomial, Fraction], place: Mapping[Monomial, int], variable: int) -> tuple[Any, Any, Any]:

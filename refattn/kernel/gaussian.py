@@ -79,7 +79,8 @@ def attend(
     mask : Mask or (..., T, S) of bool, optional
         Which pairs are seen; see `refattn.masks`.
     scale : float, optional
-        σ > 0; the real number 1/√D unless given.
+        σ; the real number 1/√D unless given. With σ < 0 the farthest keys count most: no Gaussian any more, but
+        attention within the same bounds; features need σ > 0.
 
     Returns
     -------
@@ -89,7 +90,7 @@ def attend(
     Raises
     ------
     ValueError, TypeError
-        Shapes, dtypes or a mask that do not fit, naming the argument; a scale that is not above 0.
+        Shapes, dtypes or a mask that do not fit, naming the argument.
 
     Examples
     --------
@@ -97,7 +98,7 @@ def attend(
     >>> gaussian.attend([[1.0]], [[0.0], [2.0]], [[1.0], [3.0]])
     array([[2.]])
     """
-    call, backend = _problem(q, k, v, mask, scale), engines.choose(backend, "softmax")
+    call, backend = engines.problem(q, k, v, mask=mask, scale=scale), engines.choose(backend, "softmax")
     return softmax.attend(call.q, call.k, call.v, bias=_bias(call), mask=mask, scale=scale, backend=backend)
 
 
@@ -108,7 +109,7 @@ def weights(q: ArrayLike, k: ArrayLike, *, mask: MaskLike = None, scale: float |
     >>> gaussian.weights([[1.0]], [[0.0], [2.0]])
     array([[0.5, 0.5]])
     """
-    call = _problem(q, k, _check.WEIGHTS, mask, scale)
+    call = engines.problem(q, k, _check.WEIGHTS, mask=mask, scale=scale)
     T, S, D, _ = call.sizes
     if isinstance(call.q, Arithmetic):
         ones: Any = call.q.lift(np.zeros((T, 1))), call.q.lift(np.zeros((S, 1)))
@@ -142,7 +143,7 @@ def vjp(
     array([[-0.5],
            [-0.5]])
     """
-    call, backend = _problem(q, k, v, mask, scale), engines.choose(backend, "softmax")
+    call, backend = engines.problem(q, k, v, mask=mask, scale=scale), engines.choose(backend, "softmax")
     T, S, D, E = call.sizes
     do = _check.shaped("do", do, "T E", (*call.leads.shape, T, E))
     g = softmax.vjp(do, call.q, call.k, call.v, bias=_bias(call), mask=mask, scale=scale, backend=backend)
@@ -166,7 +167,7 @@ def bound(
     r"""How far `attend` is from `refattn.softmax.attend` of the same arrays, mask and scale, at most (K4, elementwise).
 
     .. math::
-        |\tilde o_{ic} - o_{ic}| \le \tanh\!\big(\tfrac18 \sigma \operatorname*{osc}_j \|k_j\|^2\big)
+        |\tilde o_{ic} - o_{ic}| \le \tanh\!\big(\tfrac18 |\sigma| \operatorname*{osc}_j \|k_j\|^2\big)
         \operatorname*{range}_j v_{jc}
 
     over the keys that the row sees, and never more than the distance from õ to the far end of the values' range, in
@@ -184,7 +185,7 @@ def bound(
     >>> gaussian.bound([[1.0]], [[1.0], [-1.0]], [[0.0], [3.0]])
     array([[0.]])
     """
-    call = _problem(q, k, v, mask, scale)
+    call = engines.problem(q, k, v, mask=mask, scale=scale)
     with np.errstate(all="ignore"):  # an answer that overflows has the bound NaN or ∞
         o = np.asarray(attend(q, k, v, mask=mask, scale=scale), np.float64)
         out = np.zeros_like(o)
@@ -202,7 +203,7 @@ def claim_logits(q: ArrayLike, k: ArrayLike, *, scale: float | None = None) -> N
     """
     k = np.asarray(k, np.float64)
     most = (k * k).sum(axis=1).max(initial=0.0)
-    return np.full(len(np.asarray(q)), gamma(k.shape[1] + 4) * _check.scale(scale, k.shape[1]) * most / 2)
+    return np.full(len(np.asarray(q)), gamma(k.shape[1] + 4) * abs(_check.scale(scale, k.shape[1])) * most / 2)
 
 
 def feature_map(omega: ArrayLike, *, scale: float | None = None) -> FeatureMap:
@@ -235,7 +236,7 @@ def feature_map(omega: ArrayLike, *, scale: float | None = None) -> FeatureMap:
     def of(x: Any) -> Any:
         _check.size("omega", D, x.shape[-1], "D", "q")
         y = rooted(x, sigma, D)
-        return np.exp(y @ w.T - (y * y).sum(axis=1, keepdims=True)) / np.sqrt(float(m))
+        return scaled(np.exp(y @ w.T - (y * y).sum(axis=1, keepdims=True)), None, m)
 
     def pull(dphi: Any, x: Any) -> Any:
         y, both = rooted(x, sigma, D), dphi * of(x)
@@ -253,11 +254,6 @@ def cost(T: int, S: int, D: int, E: int, *, mask: MaskLike = None) -> Cost:
     """
     whole = softmax.cost(T, S, D, E, mask=mask)
     return whole._replace(flops=whole.flops + 2 * S * D)
-
-
-def _problem(q: Any, k: Any, v: Any, mask: Any, scale: float | None) -> Problem:
-    """Check a call once; with σ < 0 far keys would count most, and beyond any bound."""
-    return engines.problem(q, k, v, mask=mask, scale=scale if scale is None else _check.positive("scale", scale))
 
 
 def _bias(call: Problem) -> Any:
