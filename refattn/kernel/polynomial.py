@@ -503,11 +503,13 @@ def _log_ratio(x: Array, p: int, form: str) -> Array:
         below = np.log1p(-np.exp(-near) * _power_over_factorial(near, p + 1) * _kummer(1, p + 2, near))
         above = np.log(np.minimum(_horner(np.maximum(x, 0.0), p), np.finfo(np.float64).max)) - x
         y = np.clip(-x, 0.0, _FAR)
-        grown = _power_over_factorial(y, p + 1) * _kummer(p + 1, p + 2, y)
-        left = np.log1p(grown if p % 2 == 0 else -np.minimum(grown, 1.0))
+        first, series = _power_over_factorial(y, p + 1), _kummer(p + 1, p + 2, y)
+        grown = first * series
         if p % 2:
-            left = np.where((x >= -_FAR) & (_horner(x, p) > 0), left, -np.inf)
-        left = np.where((p % 2 == 0) & (x < -_FAR), np.inf, left)
+            left = np.where((x >= -_FAR) & (_horner(x, p) > 0), np.log1p(-np.minimum(grown, 1.0)), -np.inf)
+        else:
+            left = np.where(np.isinf(grown), np.log(first) + np.log(series), np.log1p(grown))
+            left = np.where(x < -_FAR, np.inf, left)
     return np.where(x < 0, left, np.where(x <= p + 1, below, above))
 
 
