@@ -23,6 +23,8 @@ TABLE: tuple[str, ...] = (
     "refattn.sparse.local_global",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
+    "refattn.kernel.gaussian",
+    "refattn.kernel.polynomial",
 )
 
 
