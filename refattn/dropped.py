@@ -215,21 +215,23 @@ class Blocks(NamedTuple):
         limit, lead, D = _check.integer("limit", limit, 1), k.shape[:-2], k.shape[-1]
         if self.centre.shape[:-2] != lead or self.centre.shape[-1] != D:
             raise ValueError(f"k has shape {k.shape}; expected leading axes and D of blocks, {self.centre.shape}")
-        heads, B = math.prod(lead), self.centre.shape[-2]
-        tails = [(), (D,), (D, D), (), (D,), (D,)]
-        own = [np.broadcast_to(x, (*lead, B, *tail)) for x, tail in zip(self, tails, strict=True)]
-        flat = Blocks(*(x.reshape(heads, B, *tail) for x, tail in zip(own, tails, strict=True)))
-        one, zero = np.ones((heads, 1), np.int64), np.zeros((heads, 1, D, D))
+        heads, B, S = math.prod(lead), self.centre.shape[-2], k.shape[-2]
+        places, tails = max(B, min(B + S, limit)) + 1, [(), (D,), (D, D), (), (D,), (D,)]
+        flat = Blocks(*(np.zeros((heads, places, *tail), x.dtype) for x, tail in zip(self, tails, strict=True)))
+        for x, own, tail in zip(flat, self, tails, strict=True):
+            x[:, :B] = np.broadcast_to(own, (*lead, B, *tail)).reshape(heads, B, *tail)
         with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite nothing is known
-            for key in np.moveaxis(k.reshape(heads, k.shape[-2], D), 1, 0)[:, :, None]:
-                new = Blocks(one, key, zero, zero[..., 0, 0], key, key)
-                flat = Blocks(*(np.concatenate(pair, axis=1) for pair in zip(flat, new, strict=True)))
-                if flat.count.shape[1] > limit:
-                    flat = _nearest_joined(flat)
-            while flat.count.shape[1] > limit:
-                flat = _nearest_joined(flat)
-        B = flat.count.shape[1]
-        return Blocks(*(x.reshape(*lead, B, *tail) for x, tail in zip(flat, tails, strict=True)))
+            while limit < B:
+                _join_nearest(flat, B)
+                B -= 1
+            for key in np.moveaxis(k.reshape(heads, S, D), 1, 0):
+                for x, own in zip(flat, (1, key, 0.0, 0.0, key, key), strict=True):
+                    x[:, B] = own
+                B += 1
+                if limit < B:
+                    _join_nearest(flat, B)
+                    B -= 1
+        return Blocks(*(x[:, :B].reshape(*lead, B, *tail) for x, tail in zip(flat, tails, strict=True)))
 
 
 def mass_from_blocks(
@@ -476,21 +478,18 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
     return table
 
 
-def _nearest_joined(blocks: Blocks) -> Blocks:
-    """Return the blocks, (heads, B, ...), of which each head's two nearest are joined."""
-    n, (heads, B) = blocks.count, blocks.count.shape
-    away = blocks.centre[:, :, None] - blocks.centre[:, None]
+def _join_nearest(blocks: Blocks, B: int) -> None:
+    """Join the two nearest of each head's first B blocks, (heads, places, ...), in place; the last of B is then free."""
+    n, centre = blocks.count[:, :B], blocks.centre[:, :B]
+    away = centre[:, :, None] - centre[:, None]
     spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))
     spread[:, np.tri(B, dtype=bool)] = np.inf
-    first, second = np.divmod(spread.reshape(heads, B * B).argmin(axis=1), B)
-    head, rest = np.arange(heads), np.arange(B) != second[:, None]
-    pair = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
-    out: list[Any] = []
-    for x, joined in zip(blocks, next(pair).join(next(pair)), strict=True):
-        x = x.copy()
+    first, second = np.divmod(spread.reshape(len(n), B * B).argmin(axis=1), B)
+    head = np.arange(len(n))
+    one, other = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
+    for x, joined in zip(blocks, one.join(other), strict=True):
+        x[head, second] = x[:, B - 1]
         x[head, first] = joined
-        out.append(x[rest].reshape(heads, B - 1, *x.shape[2:]))
-    return Blocks(*out)
 
 
 def _norm(x: Array) -> Array:

@@ -10,6 +10,7 @@ from refattn import Backend, bias, dropped, engines, linear, masks, method, part
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer
+from refattn.memory import segments
 from refattn.sparse import longformer
 from refattn.testing import Ball
 
@@ -17,7 +18,6 @@ T, S, D, E, R = 3, 5, 2, 4, 2
 SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R}
 Q, K, V, DO = np.ones((T, D)), np.ones((S, D)), np.ones((S, E)), np.ones((T, E))
 P = np.ones((R, S))
-REQUIRED = {longformer: {"window": 1}}
 MODULES = list(method.modules().values())
 
 
@@ -39,6 +39,12 @@ def arguments(module):
     }
 
 
+def needed(module):
+    """Values of the options that have no default and are not drawn."""
+    options = {s: x for s, x in module.METHOD.options.items() if s not in module.METHOD.drawn}
+    return {s: option.values(SIZES)[0] for s, option in options.items() if option.default is method.REQUIRED}
+
+
 def call(module, verb, arrays):
     """Call a verb of a method with arrays by name."""
     declared, given = module.METHOD, dict(arrays)
@@ -46,7 +52,7 @@ def call(module, verb, arrays):
         given = {name: x for name, x in given.items() if name not in declared.linear_in}
     first = [DO] if verb == "vjp" else []
     positional = [given.pop(name) for name in declared.required if name in given]
-    return getattr(module, verb)(*first, *positional, **given, **REQUIRED.get(module, {}))
+    return getattr(module, verb)(*first, *positional, **given, **needed(module))
 
 
 def refuses(error, name, work):
@@ -69,6 +75,7 @@ VERBS = [
     if verb != "weights" or name not in module.METHOD.linear_in
 ]
 VERB_IDS = [f"{module.__name__.rpartition('.')[2]}.{verb}-{name}" for module, verb, name in VERBS]
+STREAM = segments.step(None, Q, Q, Q, memory=1)[1]
 DTYPES = {
     "bool": lambda x: x.astype(bool),
     "complex": lambda x: x.astype(complex),
@@ -147,7 +154,7 @@ def test_key_heads_that_do_not_divide_query_heads_are_refused(module, verb):
         arrays[name] = np.ones((2, *arrays[name].shape))
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             if verb == "vjp":
-                module.vjp(np.ones((3, T, E)), *arrays.values(), **REQUIRED.get(module, {}))
+                module.vjp(np.ones((3, T, E)), *arrays.values(), **needed(module))
             else:
                 call(module, verb, arrays)
 
@@ -310,6 +317,23 @@ CALLS = [
     ("S", TypeError, lambda: linear_transformer.cost(T, "a", D, E)),
     ("rank", ValueError, lambda: linformer.cost(T, S, D, E, rank=-3)),
     ("E", ValueError, lambda: linformer.attend(Q, np.ones((2, S, D)), np.ones((2, S, E)), np.ones((3, 1, S)), P)),
+    ("length", ValueError, lambda: masks.segmented(0, 1)),
+    ("length", ValueError, lambda: segments.attend(Q, K, V, length=0, memory=1)),
+    ("memory", ValueError, lambda: segments.attend(Q, K, V, memory=-1)),
+    ("memory", TypeError, lambda: segments.step(None, Q, Q, Q, memory=0.5)),
+    ("sinks", ValueError, lambda: segments.bound(Q, K, V, memory=1, sinks=-1)),
+    ("sinks", TypeError, lambda: segments.certify(None, Q, Q, Q, memory=1, sinks="2")),
+    ("k", ValueError, lambda: segments.step(None, Q, K, V, memory=1)),
+    ("v", TypeError, lambda: segments.certify(None, Q, Q, Ball.lift(Q), memory=1)),
+    ("scale", ValueError, lambda: segments.certify(None, Q, Q, Q, memory=1, scale=np.nan)),
+    ("state", TypeError, lambda: segments.step(3, Q, Q, Q, memory=1)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, Q, Q, Q, memory=2)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, DO, DO, Q, memory=1)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, Q, np.ones((2, T, D)), Q, memory=1)),
+    ("state.v", ValueError, lambda: segments.certify(STREAM, Q, Q, DO, memory=1)),
+    ("limit", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(K, 0)),
+    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(DO, 1)),
+    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(np.ones((2, S, D)), 1)),
     ("state", TypeError, lambda: linear_transformer.step(3, DO, DO, DO)),
     ("state.s", ValueError, lambda: linear_transformer.step(linear.State(P, P), DO, DO, DO)),
     ("state.s", TypeError, lambda: linear_transformer.step(linear.State(P * 1j, P), DO, DO, DO)),
