@@ -479,7 +479,7 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
 
 
 def _join_nearest(blocks: Blocks, B: int) -> None:
-    """Join the two nearest of each head's first B blocks, (heads, places, ...), in place; the last of B is then free."""
+    """Join the two nearest of each head's first B blocks, (heads, places, ...), in place; then the last is free."""
     n, centre = blocks.count[:, :B], blocks.centre[:, :B]
     away = centre[:, :, None] - centre[:, None]
     spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))

@@ -53,7 +53,7 @@ METHOD = Method(
 )
 
 BLOCKS = 8
-"""How many summaries of evicted keys a state holds, at most: of D² numbers each, however long the stream."""
+"""How many summaries of evicted keys a state holds, at most, unless told: D² numbers each, however long the stream."""
 
 
 class Gradients(NamedTuple):
@@ -239,6 +239,7 @@ def certify(
     length: int = 1,
     memory: int,
     sinks: int = 0,
+    blocks: int = BLOCKS,
     scale: float | None = None,
 ) -> tuple[Certificate, State]:
     r"""Take tokens as `step` does, and bound how far each output is from exact causal attention, without evicted keys.
@@ -249,15 +250,26 @@ def certify(
         \rho_i \le \bar\rho_i = \frac{1}{1 + e^{\mathrm{lse}_i - U_i}}
 
     D_i are the keys that row i would see but for this method, ρ_i their mass, lse_i is over those that it keeps, and
-    U_i bounds the log-sum-exp over D_i from the summaries of blocks (M1: S1 with S2's two points). A row's summary is of
-    exactly the keys that it has lost, in at most `BLOCKS` blocks: a token costs O(BLOCKS·D²) beside its attention.
-    Where all of the past may be seen only; a mask has no place in a stream.
+    U_i bounds the log-sum-exp over D_i from summaries of them (M1: S1 with S2's two points). A row's summaries are of
+    exactly the keys that it has lost, which join the nearest as they are evicted (`refattn.dropped.Blocks.absorb`).
+    Exact attention is over all of the past: a stream has no mask.
+
+    Parameters
+    ----------
+    blocks : int
+        How many summaries there are, at most. More are tighter and dearer: a token costs O(blocks·D²) beside its
+        attention, and so does the state.
 
     Returns
     -------
     Certificate, State
         Mathematical: rounding is not in it. The state is the one that `step` returns. Any split gives the same bounds,
         up to the rounding of o and lse.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `step`.
 
     Examples
     --------
@@ -267,7 +279,7 @@ def certify(
     >>> print(mass.high.round(12), error.ravel().round(12), state.k.shape)
     [0.         0.5        0.66666667] [0.  1.5 2. ] (0, 1)
     """
-    now = _Stream(state, q, k, v, length, memory, sinks)
+    now = _Stream(state, q, k, v, length, memory, sinks, blocks)
     o, lse = softmax.partial(q, now.k, now.v, mask=now.seen(), scale=scale)
     mass, error = Interval(np.zeros(lse.shape), np.zeros(lse.shape)), np.zeros(o.shape)
     joined = leads({"q": o.shape[:-2]}, {"v": np.shape(v)[:-2]})
@@ -377,7 +389,17 @@ class _Stream:
     at hand are the sinks and those from the first row's window on; key j ≥ sinks is at place j − `shift`.
     """
 
-    def __init__(self, state: State | None, q: Any, k: Any, v: Any, length: int, memory: int, sinks: int) -> None:
+    def __init__(
+        self,
+        state: State | None,
+        q: Any,
+        k: Any,
+        v: Any,
+        length: int,
+        memory: int,
+        sinks: int,
+        blocks: int = BLOCKS,
+    ) -> None:
         for name, x in (("q", q), ("k", k), ("v", v)):
             if isinstance(x, Arithmetic):
                 raise TypeError(f"{name} is a {type(x).__name__}; expected an array of real numbers")
@@ -399,7 +421,7 @@ class _Stream:
         self.sinks, self.shift = sinks, int(begin[0]) - sinks
         self.k, self.v = (np.concatenate(pair, axis=-2) for pair in ((state.k, k), (state.v, v)))
         self.at, self.start, self.first, self.next = at[:-1], start[:-1], begin[:-1], int(begin[-1])
-        self.state, self.done = state, int(begin[0])
+        self.state, self.done, self.blocks = state, int(begin[0]), _check.integer("blocks", blocks, 1)
 
     def seen(self) -> Mask:
         """Return which of the keys at hand each row sees."""
@@ -413,7 +435,7 @@ class _Stream:
         k, v = self.k[..., gone, :], np.asarray(self.v[..., gone, :], np.float64)
         self.done = max(self.done, first)
         self.state = self.state._replace(
-            evicted=self.state.evicted.absorb(k, BLOCKS),
+            evicted=self.state.evicted.absorb(k, self.blocks),
             low=np.minimum(self.state.low, v.min(axis=-2, initial=np.inf)),
             high=np.maximum(self.state.high, v.max(axis=-2, initial=-np.inf)),
         )
