@@ -178,7 +178,7 @@ class Blocks(NamedTuple):
             c = c_a + \tfrac{n_b}{n} (c_b - c_a), \qquad
             \Sigma = \frac{n_a \Sigma_a + n_b \Sigma_b}{n} + \frac{n_a n_b}{n^2} (c_b - c_a)(c_b - c_a)^\top
 
-        Count, centre, covariance and corners are those of the union. The radius is no smaller than its own: the
+        Count, centre, covariance and corners are those of the union. The radius is at least the union's own: it is the
         smaller of :math:`\max(r_a + \lVert c_a - c \rVert,\; r_b + \lVert c_b - c \rVert)` and the distance from c
         to the farthest corner.
 
@@ -215,23 +215,22 @@ class Blocks(NamedTuple):
         limit, lead, D = _check.integer("limit", limit, 1), k.shape[:-2], k.shape[-1]
         if self.centre.shape[:-2] != lead or self.centre.shape[-1] != D:
             raise ValueError(f"k has shape {k.shape}; expected leading axes and D of blocks, {self.centre.shape}")
-        heads, B, S = math.prod(lead), self.centre.shape[-2], k.shape[-2]
-        places, tails = max(B, min(B + S, limit)) + 1, [(), (D,), (D, D), (), (D,), (D,)]
+        heads, many, S = math.prod(lead), self.centre.shape[-2], k.shape[-2]
+        places, tails = max(many, min(many + S, limit)) + 1, [(), (D,), (D, D), (), (D,), (D,)]
         flat = Blocks(*(np.zeros((heads, places, *tail), x.dtype) for x, tail in zip(self, tails, strict=True)))
         for x, own, tail in zip(flat, self, tails, strict=True):
-            x[:, :B] = np.broadcast_to(own, (*lead, B, *tail)).reshape(heads, B, *tail)
+            x[:, :many] = np.broadcast_to(own, (*lead, many, *tail)).reshape(heads, many, *tail)
         with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite nothing is known
-            while limit < B:
-                _join_nearest(flat, B)
-                B -= 1
+            while many > limit:
+                _join_nearest(flat, many)
+                many -= 1
             for key in np.moveaxis(k.reshape(heads, S, D), 1, 0):
                 for x, own in zip(flat, (1, key, 0.0, 0.0, key, key), strict=True):
-                    x[:, B] = own
-                B += 1
-                if limit < B:
-                    _join_nearest(flat, B)
-                    B -= 1
-        return Blocks(*(x[:, :B].reshape(*lead, B, *tail) for x, tail in zip(flat, tails, strict=True)))
+                    x[:, many] = own
+                if many == limit:
+                    _join_nearest(flat, many + 1)
+                many = min(many + 1, limit)
+        return Blocks(*(x[:, :many].reshape(*lead, many, *tail) for x, tail in zip(flat, tails, strict=True)))
 
 
 def mass_from_blocks(
@@ -478,17 +477,17 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
     return table
 
 
-def _join_nearest(blocks: Blocks, B: int) -> None:
-    """Join the two nearest of each head's first B blocks, (heads, places, ...), in place; then the last is free."""
-    n, centre = blocks.count[:, :B], blocks.centre[:, :B]
+def _join_nearest(blocks: Blocks, many: int) -> None:
+    """Join the two nearest of each head's first blocks, (heads, places, ...), in place; then one place less is used."""
+    n, centre = blocks.count[:, :many], blocks.centre[:, :many]
     away = centre[:, :, None] - centre[:, None]
     spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))
-    spread[:, np.tri(B, dtype=bool)] = np.inf
-    first, second = np.divmod(spread.reshape(len(n), B * B).argmin(axis=1), B)
+    spread[:, np.tri(many, dtype=bool)] = np.inf
+    first, second = np.divmod(spread.reshape(len(n), many * many).argmin(axis=1), many)
     head = np.arange(len(n))
     one, other = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
     for x, joined in zip(blocks, one.join(other), strict=True):
-        x[head, second] = x[:, B - 1]
+        x[head, second] = x[:, many - 1]
         x[head, first] = joined
 
 

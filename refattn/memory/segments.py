@@ -52,6 +52,8 @@ METHOD = Method(
     claims=(Claim(verb="bound", statement="S1"),),
 )
 
+Ints = NDArray[np.int64]
+
 BLOCKS = 8
 """How many summaries of evicted keys a state holds, at most, unless told: D² numbers each, however long the stream."""
 
@@ -412,8 +414,8 @@ class _Stream:
             state = State(0, k[..., :0, :], v[..., :0, :], Blocks.of(k[..., :0, :], 1), none, -none)
         elif not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"state is {state!r}; expected a State that step returned, or None")
-        at = _check.integer("state.position", state.position, 0) + np.arange(n + 1)
-        start = at // length * length - memory
+        at: Ints = _check.integer("state.position", state.position, 0) + np.arange(n + 1, dtype=np.int64)
+        start: Ints = at // length * length - memory
         begin = np.maximum(start, sinks)
         held = min(state.position, sinks) + max(0, state.position - int(begin[0]))
         _check.shaped("state.k", state.k, "n D", (*k.shape[:-2], held, D))
