@@ -131,10 +131,10 @@ class Interval(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """What is remembered of each block of neighbouring keys: B blocks, without the keys.
+    """What is remembered of each block of keys: B blocks, without the keys.
 
-    `count` (B,), `centre` (..., B, D), `covariance` (..., B, D, D) with divisor `count`, `radius` (..., B) about the
-    centre, and the corners `low` and `high` (..., B, D).
+    `count` (..., B) or (B,), `centre` (..., B, D), `covariance` (..., B, D, D) with divisor `count`, `radius` (..., B)
+    about the centre, within which the block's keys lie, and the corners `low` and `high` (..., B, D).
     """
 
     count: Any
@@ -171,6 +171,67 @@ class Blocks(NamedTuple):
             out.low[..., b, :], out.high[..., b, :] = keys.min(axis=-2), keys.max(axis=-2)
         return out
 
+    def join(self, other: Blocks) -> Blocks:
+        r"""Summarise the union of each block with the other's block of that place, without the keys (M1).
+
+        .. math::
+            c = c_a + \tfrac{n_b}{n} (c_b - c_a), \qquad
+            \Sigma = \frac{n_a \Sigma_a + n_b \Sigma_b}{n} + \frac{n_a n_b}{n^2} (c_b - c_a)(c_b - c_a)^\top
+
+        Count, centre, covariance and corners are those of the union. The radius is at least the union's own: it is the
+        smaller of :math:`\max(r_a + \lVert c_a - c \rVert,\; r_b + \lVert c_b - c \rVert)` and the distance from c
+        to the farthest corner.
+
+        Examples
+        --------
+        >>> a, b = Blocks.of([[0.0], [2.0]], 2), Blocks.of([[7.0]], 1)
+        >>> a.join(b).centre, a.join(b).radius
+        (array([[3.]]), array([4.]))
+        """
+        a, b, n = self, other, self.count + other.count
+        share, away = b.count / n, b.centre - a.centre
+        centre, apart = a.centre + share[..., None] * away, _norm(away)
+        between = (a.count * share)[..., None, None] * (away[..., :, None] * away[..., None, :])
+        within = a.count[..., None, None] * a.covariance + b.count[..., None, None] * b.covariance
+        low, high = np.minimum(a.low, b.low), np.maximum(a.high, b.high)
+        radius = np.maximum(a.radius + share * apart, b.radius + (a.count / n) * apart)
+        radius = np.minimum(radius, _norm(np.maximum(high - centre, centre - low)))
+        return Blocks(n, centre, (within + between) / n[..., None, None], radius, low, high)
+
+    def absorb(self, k: ArrayLike, limit: int) -> Blocks:
+        r"""Take in keys (..., S, D), one at a time, and keep at most `limit` blocks.
+
+        Each key starts a block of its own; where that is one too many, the two nearest blocks join, which are those
+        whose joining adds least to the spread within blocks, :math:`\tfrac{n_a n_b}{n_a + n_b} \lVert c_a - c_b
+        \rVert^2` (Ward 1963). Each of the leading axes, which are the keys', joins its own.
+
+        Examples
+        --------
+        >>> Blocks.of(np.zeros((0, 1)), 1).absorb([[0.0], [7.0], [1.0]], 2).centre
+        array([[0.5],
+               [7. ]])
+        """
+        k = np.asarray(_check.array("k", k, "S D"), np.float64)
+        limit, lead, D = _check.integer("limit", limit, 1), k.shape[:-2], k.shape[-1]
+        if self.centre.shape[:-2] != lead or self.centre.shape[-1] != D:
+            raise ValueError(f"k has shape {k.shape}; expected leading axes and D of blocks, {self.centre.shape}")
+        heads, many, S = math.prod(lead), self.centre.shape[-2], k.shape[-2]
+        places, tails = max(many, min(many + S, limit)) + 1, [(), (D,), (D, D), (), (D,), (D,)]
+        flat = Blocks(*(np.zeros((heads, places, *tail), x.dtype) for x, tail in zip(self, tails, strict=True)))
+        for x, own, tail in zip(flat, self, tails, strict=True):
+            x[:, :many] = np.broadcast_to(own, (*lead, many, *tail)).reshape(heads, many, *tail)
+        with np.errstate(over="ignore", invalid="ignore"):  # of what is not finite nothing is known
+            while many > limit:
+                _join_nearest(flat, many)
+                many -= 1
+            for key in np.moveaxis(k.reshape(heads, S, D), 1, 0):
+                for x, own in zip(flat, (1, key, 0.0, 0.0, key, key), strict=True):
+                    x[:, many] = own
+                if many == limit:
+                    _join_nearest(flat, many + 1)
+                many = min(many + 1, limit)
+        return Blocks(*(x[:, :many].reshape(*lead, many, *tail) for x, tail in zip(flat, tails, strict=True)))
+
 
 def mass_from_blocks(
     q: ArrayLike,
@@ -190,8 +251,9 @@ def mass_from_blocks(
         \;\le\; \ln \Big(\frac{1}{n_b} \sum_{j \in b} e^{x_j}\Big) \;\le\;
         \ln \frac{R_+^2 e^{-\varsigma^2/R_+} + \varsigma^2 e^{R_+}}{R_+^2 + \varsigma^2}
 
-    and ρ increases with the sum over the dropped blocks. R is the smaller of the ball's ‖σq‖·radius and the box's
-    side, so that no other form here is tighter, on either end. Equal when a block has two places, or one.
+    and ρ increases with the sum over the dropped blocks. R is the smallest of the ball's ‖σq‖·radius, the box's side
+    and ς√(n_b − 1), so that no other form here is tighter, on either end. Equal when a block has one place, or two
+    along one axis; on the side of a key that is apart from all others, which are in one place, along any.
 
     Parameters
     ----------
@@ -238,7 +300,7 @@ def mass_from_blocks(
     for n in range(math.prod(joined.shape)):
         at = {name: int(index[n]) for name, index in joined.of.items()}
         one = np.unravel_index(at["blocks"], blocks.centre.shape[:-2])
-        summary = Blocks(blocks.count, *(x[one] for x in blocks[1:]))
+        summary = Blocks(np.broadcast_to(blocks.count, blocks.radius.shape)[one], *(x[one] for x in blocks[1:]))
         gone, own = matrix(left, at["dropped"]), lse[np.unravel_index(at["lse"], lse.shape[:-1])]
         for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
             end[np.unravel_index(n, joined.shape)] = _share(_lse(np.where(gone, level, -np.inf)), own)
@@ -415,6 +477,25 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
     return table
 
 
+def _join_nearest(blocks: Blocks, many: int) -> None:
+    """Join the two nearest of each head's first blocks, (heads, places, ...), in place; then one place less is used."""
+    n, centre = blocks.count[:, :many], blocks.centre[:, :many]
+    away = centre[:, :, None] - centre[:, None]
+    spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))
+    spread[:, np.tri(many, dtype=bool)] = np.inf
+    first, second = np.divmod(spread.reshape(len(n), many * many).argmin(axis=1), many)
+    head = np.arange(len(n))
+    one, other = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
+    for x, joined in zip(blocks, one.join(other), strict=True):
+        x[head, second] = x[:, many - 1]
+        x[head, first] = joined
+
+
+def _norm(x: Array) -> Array:
+    """Return the Euclidean norm over the last axis."""
+    return np.sqrt((x * x).sum(axis=-1))
+
+
 def _levels(q: Array, blocks: Blocks, form: str) -> tuple[Array, Array]:
     """Bound the log-sum-exp of each block, (T, B), from below and above; q is scaled."""
     up, down = np.maximum(q, 0.0), np.minimum(q, 0.0)
@@ -432,6 +513,7 @@ def _levels(q: Array, blocks: Blocks, form: str) -> tuple[Array, Array]:
     for b, covariance in enumerate(blocks.covariance):
         variance[:, b] = ((q @ covariance) * q).sum(axis=1)
     variance = np.maximum(variance, 0.0)
+    ball = np.minimum(ball, np.sqrt(variance * (blocks.count - 1)))
     least, most = -np.clip(-least, 0.0, ball), np.clip(most, 0.0, ball)
     return middle + _two_point(least, variance), middle + _two_point(most, variance)
 

@@ -53,6 +53,7 @@ __all__ = [
     "lengths",
     "prefix",
     "random_blocks",
+    "segmented",
     "segments",
     "strided",
     "window",
@@ -147,6 +148,20 @@ def block_local(size: int) -> Mask:
     ..x
     """
     return _Block(integer("size", size, 1))
+
+
+def segmented(length: int, memory: int) -> Mask:
+    """Each row sees its own segment of `length` keys up to itself, and the `memory` keys before the segment.
+
+    That is ⌊p / length⌋·length − memory ≤ j ≤ p. Of length 1 it is a window: `memory` keys and the row's own.
+
+    >>> print(segmented(2, 1).on(4, 4))
+    x...
+    xx..
+    .xx.
+    .xxx
+    """
+    return _Segmented(integer("length", length, 1), integer("memory", memory, 0))
 
 
 def strided(length: int) -> Mask:
@@ -414,6 +429,19 @@ class _Block(Mask):
     def _edges(self, rows: Ints, p: Ints, S: int) -> Ints:
         start = p // self.size * self.size
         return spans(np.arange(len(p)), start, start + self.size, S)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Segmented(Mask):
+    NAME: ClassVar[str] = "segmented"
+    length: int
+    memory: int
+
+    def _seen(self, rows: Ints, p: Ints, keys: Ints) -> Bools:
+        return (keys >= p // self.length * self.length - self.memory) & (keys <= p)
+
+    def _edges(self, rows: Ints, p: Ints, S: int) -> Ints:
+        return spans(np.arange(len(p)), p // self.length * self.length - self.memory, p + 1, S)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -25,6 +25,7 @@ TABLE: tuple[str, ...] = (
     "refattn.kernel.linear_transformer",
     "refattn.kernel.gaussian",
     "refattn.kernel.polynomial",
+    "refattn.memory.segments",
 )
 
 

@@ -10,6 +10,7 @@ from refattn import Backend, bias, dropped, engines, linear, masks, method, part
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer
+from refattn.memory import segments
 from refattn.sparse import local_global, longformer, sparse_transformer
 from refattn.testing import Ball
 
@@ -74,6 +75,7 @@ VERBS = [
     if verb != "weights" or name not in module.METHOD.linear_in
 ]
 VERB_IDS = [f"{module.__name__.rpartition('.')[2]}.{verb}-{name}" for module, verb, name in VERBS]
+STREAM = segments.step(None, Q, Q, Q, memory=1)[1]
 DTYPES = {
     "bool": lambda x: x.astype(bool),
     "complex": lambda x: x.astype(complex),
@@ -329,6 +331,23 @@ CALLS = [
     ("S", TypeError, lambda: linear_transformer.cost(T, "a", D, E)),
     ("rank", ValueError, lambda: linformer.cost(T, S, D, E, rank=-3)),
     ("E", ValueError, lambda: linformer.attend(Q, np.ones((2, S, D)), np.ones((2, S, E)), np.ones((3, 1, S)), P)),
+    ("length", ValueError, lambda: masks.segmented(0, 1)),
+    ("length", ValueError, lambda: segments.attend(Q, K, V, length=0, memory=1)),
+    ("memory", ValueError, lambda: segments.attend(Q, K, V, memory=-1)),
+    ("memory", TypeError, lambda: segments.step(None, Q, Q, Q, memory=0.5)),
+    ("sinks", ValueError, lambda: segments.bound(Q, K, V, memory=1, sinks=-1)),
+    ("sinks", TypeError, lambda: segments.certify(None, Q, Q, Q, memory=1, sinks="2")),
+    ("k", ValueError, lambda: segments.step(None, Q, K, V, memory=1)),
+    ("v", TypeError, lambda: segments.certify(None, Q, Q, Ball.lift(Q), memory=1)),
+    ("scale", ValueError, lambda: segments.certify(None, Q, Q, Q, memory=1, scale=np.nan)),
+    ("state", TypeError, lambda: segments.step(3, Q, Q, Q, memory=1)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, Q, Q, Q, memory=2)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, DO, DO, Q, memory=1)),
+    ("state.k", ValueError, lambda: segments.step(STREAM, Q, np.ones((2, T, D)), Q, memory=1)),
+    ("state.v", ValueError, lambda: segments.certify(STREAM, Q, Q, DO, memory=1)),
+    ("limit", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(K, 0)),
+    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(DO, 1)),
+    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(np.ones((2, S, D)), 1)),
     ("state", TypeError, lambda: linear_transformer.step(3, DO, DO, DO)),
     ("state.s", ValueError, lambda: linear_transformer.step(linear.State(P, P), DO, DO, DO)),
     ("state.s", TypeError, lambda: linear_transformer.step(linear.State(P * 1j, P), DO, DO, DO)),

@@ -68,6 +68,9 @@ def leaves(draw: st.DrawFn, T: int, S: int, lead: tuple[int, ...]) -> Rule:
     if kind == "block_local":
         a = draw(size)
         return Rule(masks.block_local(a), lambda n, i, p, j: p // a == j // a, ())
+    if kind == "segmented":
+        a, b = draw(size), draw(small)
+        return Rule(masks.segmented(a, b), lambda n, i, p, j: j <= p and (j // a == p // a or j >= p - p % a - b), ())
     if kind == "strided":
         a = draw(size)
         return Rule(masks.strided(a), lambda n, i, p, j: (p - j) % a == 0, ())
@@ -98,7 +101,7 @@ def leaves(draw: st.DrawFn, T: int, S: int, lead: tuple[int, ...]) -> Rule:
 
 
 masks_by_name = [
-    "causal", "window", "dilated", "segments", "lengths", "prefix", "block_local", "strided", "fixed",
+    "causal", "window", "dilated", "segments", "lengths", "prefix", "block_local", "segmented", "strided", "fixed",
     "global_tokens", "random_blocks", "dense",
 ]  # fmt: skip
 
@@ -385,6 +388,8 @@ def test_binding_takes_what_a_mask_argument_may_be() -> None:
         (lambda: masks.lengths([1, 2], [1, 2, 3]), r"lengths.*\(2,\).*\(3,\)"),
         (lambda: masks.lengths(np.array([2**63], np.uint64)), "keys holds 9223372036854775808"),
         (lambda: masks.block_local(0), "size is 0"),
+        (lambda: masks.segmented(0, 1), "length is 0"),
+        (lambda: masks.segmented(1, -1), "memory is -1"),
         (lambda: masks.strided(0), "length is 0"),
         (lambda: masks.fixed(0, 0), "length is 0"),
         (lambda: masks.fixed(4, 5), "columns is 5; expected at most length = 4"),
@@ -437,6 +442,7 @@ def test_what_does_not_fit_is_refused_by_name(wrong: Callable[[], Any], message:
     [
         (lambda: masks.window(1.0, 0), "left is 1.0"),
         (lambda: masks.window(True, 0), "left is True"),
+        (lambda: masks.segmented(1, 2.0), "memory is 2.0"),
         (lambda: masks.segments([0.0], [0]), "queries has dtype float64"),
         (lambda: masks.segments([0], [True]), "keys has dtype bool"),
         (lambda: masks.global_tokens([0.5]), "tokens has dtype float64"),

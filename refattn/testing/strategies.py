@@ -177,6 +177,7 @@ def any_masks(
         st.builds(masks.window, small, st.one_of(st.none(), small)),
         st.builds(masks.dilated, small, small, step),
         step.map(masks.block_local),
+        st.builds(masks.segmented, step, small),
         step.map(masks.strided),
         st.just(masks.segments(rng.integers(0, 2, T), rng.integers(0, 2, S))),
         st.just(masks.dense(some)),
