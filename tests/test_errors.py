@@ -10,14 +10,15 @@ from refattn import Backend, bias, dropped, engines, linear, masks, method, part
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer
+from refattn.memory import memformer
 from refattn.sparse import longformer
 from refattn.testing import Ball
 
 T, S, D, E, R = 3, 5, 2, 4, 2
-SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R}
+SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R, "n": R}
 Q, K, V, DO = np.ones((T, D)), np.ones((S, D)), np.ones((S, E)), np.ones((T, E))
 P = np.ones((R, S))
-REQUIRED = {longformer: {"window": 1}}
+REQUIRED = {longformer: {"window": 1}, memformer: {"segment": 2}}
 MODULES = list(method.modules().values())
 
 
