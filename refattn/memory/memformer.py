@@ -14,7 +14,7 @@ own segment. Memformer approximates no other attention, and its output is not li
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -47,7 +47,10 @@ METHOD = Method(
             typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (8, 4, 2)})),
         ),
         "temperature": Option(
-            doc="τ, by which the logits of a write are divided", domain=lambda t: t > 0, typical=(1.0, 0.75), default=1.0
+            doc="τ, by which the logits of a write are divided",
+            domain=lambda t: t > 0,
+            typical=(1.0, 0.75),
+            default=1.0,
         ),
     },
     draw_options={
@@ -146,8 +149,7 @@ def attend(
            [-1.]])
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, backend)
-    reads = [_read(x.q[..., rows, :], memory, x.w_key, x.w_value, how) for rows, _, memory in _memories(x, how)]
-    return concatenate(*reads, axis=-2)
+    return _reads(x, how, _memories(x, how))
 
 
 def weights(
@@ -173,10 +175,8 @@ def weights(
            [0.5, 0.5]])
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, "numpy")
-    reads = [
-        softmax.weights(x.q[..., rows, :], memory @ x.w_key, scale=scale) for rows, _, memory in _memories(x, how)
-    ]
-    return concatenate(*reads, axis=-2)
+    through = _memories(x, how)
+    return concatenate(*(softmax.weights(x.q[..., r, :], m @ x.w_key, scale=scale) for r, _, m in through), axis=-2)
 
 
 def read(
@@ -384,7 +384,7 @@ def step(
     x = x._replace(k=_stacked(start.k, x.k), v=_stacked(start.v, x.v))
     S = x.k.shape[-2]
     through = list(_memories(x, how, start.memory))
-    o = concatenate(*(_read(x.q[..., rows, :], memory, x.w_key, x.w_value, how) for rows, _, memory in through), axis=-2)
+    o = _reads(x, how, through)
     _, keys, memory = through[-1]
     if S and S % how.segment == 0:
         memory, keys = _next(memory, keys, x, how), slice(S, S)
@@ -452,9 +452,9 @@ def cost(T: int, S: int, D: int, E: int, *, slots: int, segment: int) -> Cost:
     _check.sizes(T, S, D, E)
     n, L = _check.integer("slots", slots, 1), _check.integer("segment", segment, 1)
     cut = _cut(T, S, L)
-    writes, reads = len(cut) - 1, sum(rows.start < rows.stop for rows, _ in cut)
+    writes = len(cut) - 1
     pairs = T * n + writes * n * (L + 1)
-    projections = 2 * n * E * (reads * (D + E) + writes * 2 * D)
+    projections = 2 * n * E * (len(cut) * (D + E) + writes * 2 * D)
     numbers = (T + S) * (D + E) + E * (2 * D + E) + n * E
     return Cost(pairs=pairs, flops=2 * pairs * (D + E) + projections, bytes=8 * numbers)
 
@@ -531,7 +531,7 @@ def _started(state: Any, x: _Inputs, how: _How) -> State:
 
 
 def _cut(T: int, S: int, L: int) -> list[tuple[slice, slice]]:
-    """Return the rows and the keys of each segment, up to the last row's; rows before the first key are in the first."""
+    """Return the rows and the keys of each segment, up to the last row's; rows before the first key are its."""
     last = max(0, S - 1) // L if T else 0
     edges = [0, *(max(0, s * L - S + T) for s in range(1, last + 1)), T]
     keys = (slice(s * L, min((s + 1) * L, S)) for s in range(last + 1))
@@ -562,39 +562,38 @@ def _next(memory: Any, keys: slice, x: _Inputs, how: _How) -> Any:
     return _direction(_write(memory, k, v, x.w_query, x.w_key, how) + x.retention)[0]
 
 
+def _reads(x: _Inputs, how: _How, through: Iterable[tuple[slice, slice, Any]]) -> Any:
+    """Return what all rows read."""
+    parts = [_read(x.q[..., rows, :], memory, x.w_key, x.w_value, how) for rows, _, memory in through]
+    return concatenate(*parts, axis=-2)
+
+
 def _read(q: Any, memory: Any, w_key: Any, w_value: Any, how: _How) -> Any:
     return softmax.attend(q, memory @ w_key, memory @ w_value, scale=how.scale, backend=how.backend)
 
 
-class _Write(NamedTuple):
-    """A write as softmax attention: each slot sees its own row, and all inputs."""
-
-    q: Any
-    k: Any
-    v: Any
-    mask: masks.Mask
-
-
-def _asked(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: _How) -> _Write:
-    """τ divides the queries, not the scale, whose default is the real number 1/√D."""
-    n, L = memory.shape[-2], k.shape[-2]
-    seen = np.concatenate([np.eye(n, dtype=bool), np.ones((n, L), bool)], axis=1)
-    q = memory @ w_query / how.temperature
-    return _Write(q, _stacked(memory @ w_key, k), _stacked(memory, v), masks.dense(seen))
-
-
 def _write(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: _How) -> Any:
-    slots = _asked(memory, k, v, w_query, w_key, how)
-    return softmax.attend(*slots[:3], mask=slots.mask, scale=how.scale, backend=how.backend)
+    arrays, options = _asked(memory, k, v, w_query, w_key, how)
+    return softmax.attend(*arrays, **options)
+
+
+def _asked(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: _How) -> tuple[Any, dict[str, Any]]:
+    """Return a write as softmax attention in which each slot sees its own row and all inputs.
+
+    τ divides the queries and not the scale, whose default is the real number 1/√D.
+    """
+    n, L = memory.shape[-2], k.shape[-2]
+    mask = masks.dense(np.concatenate([np.eye(n, dtype=bool), np.ones((n, L), bool)], axis=1))
+    arrays = memory @ w_query / how.temperature, _stacked(memory @ w_key, k), _stacked(memory, v)
+    return arrays, {"mask": mask, "scale": how.scale, "backend": how.backend}
 
 
 def _replay(g: Gradients, later: Any, memory: Any, keys: slice, x: _Inputs, how: _How) -> tuple[Gradients, Any]:
     """Compute a segment's write again, and return the gradients with its share and that of the memory before it."""
     n, k, v = memory.shape[-2], x.k[..., keys, :], x.v[..., keys, :]
-    slots = _asked(memory, k, v, x.w_query, x.w_key, how)
-    written = softmax.attend(*slots[:3], mask=slots.mask, scale=how.scale, backend=how.backend)
-    later = _pull(later, *_direction(written + x.retention))
-    of = softmax.vjp(later, *slots[:3], mask=slots.mask, scale=how.scale, backend=how.backend)
+    arrays, options = _asked(memory, k, v, x.w_query, x.w_key, how)
+    later = _pull(later, *_direction(softmax.attend(*arrays, **options) + x.retention))
+    of = softmax.vjp(later, *arrays, **options)
     asked, own, k_seen, v_seen = of.q / how.temperature, of.k[..., :n, :], of.k[..., n:, :], of.v[..., n:, :]
     g = g._replace(
         k=_put(g.k, keys, unbroadcast(k_seen, k.shape)),
