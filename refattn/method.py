@@ -18,13 +18,14 @@ REQUIRED: Any = ...
 
 TABLE: tuple[str, ...] = (
     "refattn.softmax",
-    "refattn.sparse.longformer",
     "refattn.sparse.sparse_transformer",
+    "refattn.sparse.longformer",
     "refattn.sparse.local_global",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
     "refattn.kernel.gaussian",
     "refattn.kernel.polynomial",
+    "refattn.memory.memformer",
     "refattn.memory.segments",
 )
 

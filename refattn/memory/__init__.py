@@ -1,5 +1,5 @@
-"""Memory: what came before is kept in part."""
+"""Attention with a memory: what came before the segment is kept in part."""
 
-from refattn.memory import segments
+from refattn.memory import memformer, segments
 
-__all__ = ["segments"]
+__all__ = ["memformer", "segments"]
