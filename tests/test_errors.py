@@ -40,9 +40,9 @@ def arguments(module):
 
 
 def needed(module):
-    """Values of the options that have no default and are not drawn."""
-    options = {s: x for s, x in module.METHOD.options.items() if s not in module.METHOD.drawn}
-    return {s: option.values(SIZES)[0] for s, option in options.items() if option.default is method.REQUIRED}
+    """A value of every option that has no default."""
+    options = module.METHOD.options.items()
+    return {name: option.values(SIZES)[0] for name, option in options if option.default is method.REQUIRED}
 
 
 def call(module, verb, arrays):
