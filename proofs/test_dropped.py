@@ -24,7 +24,7 @@ S2  Statement    Block b of n_b keys with mean c and x_j = σq·(k_j − c), of 
                     Q ≤ e^x for x ≥ r if r = −R₋. E Q(X) depends on mean and variance only; the law Y on {a, r} with
                     mean 0 has variance −ar = ς², and Q = e^x on {a, r}: E Q(X) = E e^Y = e^T. (Bennett 1962)
                  2  x_j = −Σ_{i≠j}x_i, so x_j² ≤ (n_b−1)(n_bς² − x_j²), and |x_j| ≤ ς√(n_b−1). (Samuelson 1968)
-                 3  max x · max(−x) ≥ ς² (Bhatia & Davis 2000) and r is no nearer to 0 than x on its side, so |a| ≤ R,
+                 3  max x · max(−x) ≥ ς² (Bhatia & Davis 2000) and r no nearer to 0 than x is on its side, so |a| ≤ R,
                     and Y lives on [−R, R] and on the side of r: with Y for X, the chord of e^x over [−R, R] gives
                     T ≤ ln cosh R, Jensen T ≥ 0, and Y ≤ R₊, Y ≥ −R₋ give T(R₊, ·) ≤ R₊, T(−R₋, ·) ≥ −R₋.
                  4  expit increases.
