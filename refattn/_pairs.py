@@ -141,6 +141,10 @@ class Mask:
         """Return the edges of these rows, rows and p being (R,)."""
         raise NotImplementedError
 
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        """Number rows so that those with one number see many of the same keys; None where neighbours already do."""
+        return None
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pairs:
@@ -216,6 +220,18 @@ class Pairs:
             first, some = first + some, max(1, min(4 * some, some * AT_ONCE // max(1, len(edges))))
         return total
 
+    def order(self) -> Ints:
+        """Return the rows in an order in which neighbours see many of the same keys; for one problem.
+
+        >>> from refattn.masks import strided
+        >>> strided(2).on(32, 32).order()[:4], strided(16).on(32, 32).order()[6:10]
+        (array([0, 1, 2, 3]), array([ 6,  7, 16, 17]))
+        """
+        self._one()
+        rows = np.arange(self.T, dtype=np.int64)
+        kin = self.mask._kin(rows, rows + (self.S - self.T))  # pyright: ignore[reportPrivateUsage]
+        return rows if kin is None else np.argsort(kin, kind="stable")
+
     def __repr__(self) -> str:
         """Show the mask and its sizes."""
         return f"Pairs({self.mask}, T={self.T}, S={self.S})"
@@ -267,6 +283,9 @@ class _Placed(Mask):
     def _edges(self, rows: Ints, p: Ints, S: int) -> Ints:
         return self.inner._edges(rows, self._of(rows), S)
 
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        return self.inner._kin(rows, self._of(rows))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Two(Mask):
@@ -289,6 +308,10 @@ class _Two(Mask):
 
     def _take(self, lead: Shape, index: tuple[Any, ...]) -> Mask:
         return type(self)(self.one._take(lead, index), self.other._take(lead, index))
+
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        kin = self.one._kin(rows, p)
+        return self.other._kin(rows, p) if kin is None else kin
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -329,6 +352,9 @@ class _Not(Mask):
 
     def _take(self, lead: Shape, index: tuple[Any, ...]) -> Mask:
         return _Not(self.inner._take(lead, index))
+
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        return self.inner._kin(rows, p)
 
     def _seen(self, rows: Ints, p: Ints, keys: Ints) -> Bools:
         return ~self.inner._seen(rows, p, keys)

@@ -370,6 +370,10 @@ class _Dilated(Mask):
         keys = p[row] + self.step * t
         return spans(row, keys, keys + 1, S)
 
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        # Rows a step apart share keys, and so do neighbours where a window joins: squares of 8 steps by 8 residues.
+        return p // (8 * self.step) * self.step + p % self.step // 8
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Segments(_Leaf):

@@ -345,10 +345,11 @@ def _tiles(one: One) -> Iterator[_Tile]:
     if S == 0:
         return
     step = max(1, min(TILE_ROWS, TILE_PAIRS // S)) if pairs is None else TILE_ROWS
+    order = np.arange(T) if pairs is None else pairs.order()
     for start in range(0, T, step):
-        rows, keys = np.arange(start, min(start + step, T)), np.arange(S)
+        rows, keys = np.sort(order[start : start + step]), np.arange(S)
         if pairs is not None:
-            runs = pairs.runs(slice(start, start + len(rows)))
+            runs = pairs.runs(rows)
             rows, keys = rows[np.diff(runs.indptr) > 0], _union(runs.start, runs.stop)
         few = max(1, TILE_PAIRS // max(1, len(keys)))
         for first in range(0, len(rows), few):

@@ -1,5 +1,6 @@
 """Masks: the predicate, the runs and the counts say what the definitions say, pair by pair, in plain Python."""
 
+import math
 import tracemalloc
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -216,6 +217,26 @@ def test_any_rows_in_any_order_are_those_rows_of_the_whole(problem: Problem, dat
         assert np.array_equal(painted(one.runs(rows), problem.S), whole[rows])
         keys = np.array(data.draw(st.lists(st.integers(0, problem.S - 1), max_size=5)) if problem.S else [], int)
         assert np.array_equal(one.seen(rows, keys), whole[rows][:, keys])
+
+
+@given(problems())
+def test_the_order_of_visits_has_every_row_once(problem: Problem) -> None:
+    pairs = problem.rule.mask.on(problem.T, problem.S)
+    for n in range(math.prod(pairs.lead)):
+        assert sorted(pairs.take(n).order()) == list(range(problem.T))
+
+
+def test_rows_that_are_visited_together_share_their_keys() -> None:
+    """Tiles of 64 rows of a strided mask touch few keys beside those that a row sees: √n of each, not all n."""
+    n, step = 4096, 64
+    for mask, most in (
+        (masks.strided(step), 8 * n // step),
+        (masks.strided(step) | masks.window(step - 1, 0), 16 * (n // step + step)),
+    ):
+        pairs = (mask & masks.causal()).on(n, n)
+        order = pairs.order()
+        for first in range(0, n, 64):
+            assert pairs.seen(order[first : first + 64], slice(None)).any(axis=0).sum() <= most
 
 
 @given(problems(depth=2), problems(depth=2))
