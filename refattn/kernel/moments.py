@@ -287,11 +287,11 @@ def _mixture(mean: Array, depth: int, step: int) -> tuple[Array, Array]:
     Past 2·mean + 64 terms, the rest is below e^{−60} of the sum.
     """
     kept, lost, log = np.zeros(mean.shape), np.zeros(mean.shape), -mean
-    term, P, Q = np.ones(mean.shape), 1.0, 0.0
+    term, left, gone = np.ones(mean.shape), 1.0, 0.0  # P_k and 1 − P_k
     for k in range(math.ceil(2 * mean.max(initial=0.0)) + 64):
-        kept += P * term
-        lost += Q * term
-        P, Q = P * (depth + (2 - step) * k) / (depth + 2 * k), Q + P * step * k / (depth + 2 * k)
+        kept += left * term
+        lost += gone * term
+        left, gone = left * (depth + (2 - step) * k) / (depth + 2 * k), gone + left * step * k / (depth + 2 * k)
         term = term * (mean / (k + 1))
         if term.max(initial=0.0) > 2.0**500:
             big = np.maximum(term, 1.0)
