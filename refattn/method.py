@@ -21,6 +21,7 @@ TABLE: tuple[str, ...] = (
     "refattn.sparse.longformer",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
+    "refattn.kernel.performer",
 )
 
 

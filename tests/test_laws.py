@@ -363,7 +363,10 @@ def recurrent_chunked_and_parallel_agree(module, data):
     for edges in ([0, *cuts], list(range(case.sizes["T"] + 1))):
         state, outputs = None, []
         for a, b in zip(edges, edges[1:], strict=False):
-            o, state = module.step(state, *(case.arrays[s][a:b] for s in ("q", "k", "v")), **options)
+            arrays = (
+                case.arrays[s][a:b] if letters(case, s)[0] in "TS" else case.arrays[s] for s in case.method.required
+            )
+            o, state = module.step(state, *arrays, **options)
             outputs.append(o)
         within(np.concatenate(outputs), case.attend(), 2 * allowance(case))
 
