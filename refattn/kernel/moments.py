@@ -124,18 +124,18 @@ def cross_covariances(x: ArrayLike, y: ArrayLike, *, kind: Kind) -> Array:
 
 
 def tail_radius(p: ArrayLike, v: ArrayLike, covariances: ArrayLike, count: int, delta: float) -> Array:
-    r"""Return a, which õ − o of features over `count` independent rows reaches with probability at most δ (R3).
+    r"""Return a, which |õ − o| of features over `count` independent rows exceeds with probability at most δ (R3).
 
     .. math::
-        \Pr\bigl(|\tilde o - o| \ge a \ \text{or}\ \textstyle\sum_j \kappa_j \le 0\bigr) \le \delta, \qquad
+        \Pr\bigl(|\tilde o - o| > a \ \text{or}\ \textstyle\sum_j \kappa_j \le 0\bigr) \le \delta, \qquad
         a = \frac{\sqrt g}{\sqrt{m \delta} - \sqrt{(1 - \delta) h}}, \qquad
         g = c^\top C c, \quad h = p^\top C p, \quad c_j = p_j (v_j - o)
 
     and ∞ unless mδ > (1 − δ)h: with fewer rows the normaliser itself may be anything. No smaller radius follows from
-    the covariances alone. It is for one row and one column, chosen before the draw; all columns of a row together have
-    ‖õ − o‖₂ ≥ ‖a‖₂ with probability at most δ. A shift common to all keys changes C but neither p nor o; where it
-    makes z small it makes the radius small. Any unbiased kernel values will do, signed or not, that are averaged over
-    rows ω that are independent and alike: not orthogonal ones.
+    g and h alone. It is for one query and one column; all columns of a query together have ‖õ − o‖₂ > ‖a‖₂ with
+    probability at most δ. A shift common to all keys changes C but neither p nor o: where it makes z small it makes the
+    radius small. Any unbiased kernel values will do, signed or not, that are averaged over rows ω that are independent
+    and alike: not orthogonal ones.
 
     Parameters
     ----------
@@ -284,19 +284,25 @@ def _excess(s: Array, kind: str) -> Array:
 def _mixture(mean: Array, depth: int, step: int) -> tuple[Array, Array]:
     r"""Return ln E P_K and 1 − E P_K, K ~ Poisson(mean), P_k = Π_{i<k} (1 − step·i/(D + 2i)): sums of positive terms.
 
-    Past 2·mean + 64 terms, the rest is below e^{−60} of the sum.
+    Past 2·mean + 64 terms, the rest is below e^{−60} of the sum (R4).
     """
-    kept, lost, log = np.zeros(mean.shape), np.zeros(mean.shape), -mean
-    term, left, gone = np.ones(mean.shape), 1.0, 0.0  # P_k and 1 − P_k
+    kept, lost, left, gone = np.zeros(mean.shape), np.zeros(mean.shape), 1.0, 0.0  # P_k and 1 − P_k
+    a, b, log_a, log_b = np.ones(mean.shape), np.ones(mean.shape), -mean, -mean
     for k in range(math.ceil(2 * mean.max(initial=0.0)) + 64):
-        kept += left * term
-        lost += gone * term
+        kept, lost, grow = kept + a, lost + gone * b, mean / (k + 1)
+        a, b = a * grow * ((depth + (2 - step) * k) / (depth + 2 * k)), b * grow
         left, gone = left * (depth + (2 - step) * k) / (depth + 2 * k), gone + left * step * k / (depth + 2 * k)
-        term = term * (mean / (k + 1))
-        if term.max(initial=0.0) > 2.0**500:
-            big = np.maximum(term, 1.0)
-            term, kept, lost, log = term / big, kept / big, lost / big, log + np.log(big)
-    return log + np.log(kept), lost * np.exp(log)
+        a, kept, log_a = _rescaled(a, kept, log_a)
+        b, lost, log_b = _rescaled(b, lost, log_b)
+    return log_a + np.log(kept), lost * np.exp(log_b)
+
+
+def _rescaled(term: Array, total: Array, log: Array) -> tuple[Array, Array, Array]:
+    """Keep a growing series, term and total times e^log, in range."""
+    if term.max(initial=0.0) < 2.0**500:
+        return term, total, log
+    big = np.maximum(term, 1.0)
+    return term / big, total / big, log + np.log(big)
 
 
 def _beyond_log(u: Array) -> Array:
