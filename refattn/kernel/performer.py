@@ -23,14 +23,13 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, engines, linear
-from refattn._mix import tiles
-from refattn.arithmetic import Arithmetic, concatenate
+from refattn import _check, engines, linear, softmax
+from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import Leads, leads, matrix
-from refattn.kernel import _ratio
 from refattn.kernel import features as random_features
-from refattn.kernel._feature_map import FeatureMap
+from refattn.kernel import moments
+from refattn.kernel._favor import PLAIN, Head, Stabilizer
 from refattn.kernel.features import EXPONENTIAL, Directions, Kind, Norms
 from refattn.masks import MaskLike, causal
 from refattn.method import Claim, Cost, Method, Option
@@ -38,8 +37,8 @@ from refattn.rounding import Bounded
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Stabilizer = Literal["none", "max"]
-Centring = Literal["none", "mean"]
+Centring = Literal["none", "mean", "balanced"]
+CENTRINGS = ("none", "mean", "balanced")
 
 METHOD = Method(
     name="performer",
@@ -70,8 +69,8 @@ METHOD = Method(
         "directions": Option(
             doc="whether directions are independent, or orthogonal in blocks of D",
             domain=random_features.DIRECTIONS.__contains__,
-            typical=random_features.DIRECTIONS[::-1],
-            default="orthogonal",
+            typical=random_features.DIRECTIONS,
+            default="iid",
         ),
         "norms": Option(
             doc="norms as of N(0, I), or all √D",
@@ -80,32 +79,25 @@ METHOD = Method(
             default="chi",
         ),
         "centring": Option(
-            doc="what is subtracted from keys: nothing, or their mean",
-            domain=("none", "mean").__contains__,
-            typical=("none", "mean"),
+            doc="what is subtracted from keys: nothing, their mean, or that and the mean of queries",
+            domain=CENTRINGS.__contains__,
+            typical=CENTRINGS,
             default="none",
         ),
     },
     drawn=("omega", "centre"),
     budget="features",
-    variants=({"centring": "mean"},),
+    variants=({"centring": "balanced"}, {"directions": "orthogonal"}),
     masks="prefix",
     rows="sum to 1",
     permutable=True,
     engines=("linear",),
-    claims=(Claim(verb="bound", statement="K1"), Claim(verb="bound", statement="R6")),
+    claims=(
+        Claim(verb="bound", statement="K1"),
+        Claim(verb="bound", statement="R6"),
+        Claim(verb="bound_over_draws", statement="R3", over="draw"),
+    ),
 )
-
-
-def _same(phi: Any) -> Any:
-    return phi
-
-
-def _pull_same(dphi: Any, phi: Any) -> Any:
-    return dphi
-
-
-_PLAIN = FeatureMap("features", _same, _pull_same)
 
 
 class Gradients(NamedTuple):
@@ -248,10 +240,10 @@ def vjp(
     lead, (T, E) = call.leads.shape, (call.q.shape[-2], call.v.shape[-1])
     do = _check.shaped("do", do, "T E", (*lead, T, E))
     if isinstance(call.q, Arithmetic):
-        return call.head(0).pull(do, backend)
+        return Gradients(*call.head(0).pull(do, backend))
     out = Gradients(*(np.zeros(getattr(call, name).shape) for name in Gradients._fields))
     for n in range(math.prod(lead)):
-        for name, g in call.head(n).pull(matrix(do, n), backend)._asdict().items():
+        for name, g in zip(Gradients._fields, call.head(n).pull(matrix(do, n), backend), strict=True):
             call.part(name, getattr(out, name), n)[...] += g
     return out
 
@@ -298,13 +290,16 @@ def draw(
     v: ArrayLike,
     *,
     features: int,
-    directions: Directions = "orthogonal",
+    directions: Directions = "iid",
     norms: Norms = "chi",
     centring: Centring = "none",
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Draw ω, (m, D), one for all heads, by `refattn.kernel.features.draw`; and the centre, (..., D).
 
-    The mean of all keys, as a centre, knows the future: to stream, take the mean of other keys.
+    Softmax ignores what is subtracted from all keys; the features' variance grows with x + y, for trigonometric ones
+    with x − y. Centring ``"mean"`` subtracts the mean of the keys, ``"balanced"`` that and the mean of the queries (of
+    the heads that share the keys), so that x + y is 0 on average for σ ≥ 0. Either knows the future: to stream, take
+    the means of other tokens.
 
     >>> from refattn.kernel import performer
     >>> k = [[1.0, 0.0], [3.0, 2.0]]
@@ -312,13 +307,8 @@ def draw(
     >>> omega.shape, centre
     ((5, 2), array([2., 1.]))
     """
-    keys = _check.widened(_check.array("k", k, "S D"))
-    m, D = _check.integer("features", features, 1), keys.shape[-1]
-    _check.choice("centring", centring, ("none", "mean"))
-    omega = random_features.draw(rng, m, D, directions=directions, norms=norms)
-    if centring == "none" or keys.shape[-2] == 0:
-        return omega, np.zeros((*keys.shape[:-2], D))
-    return omega, keys.mean(axis=-2)
+    m, centre = _check.integer("features", features, 1), _centre(q, k, centring)
+    return random_features.draw(rng, m, centre.shape[-1], directions=directions, norms=norms), centre
 
 
 def bound(
@@ -370,6 +360,80 @@ def bound(
             head = call.head(n)
             if head.ends.any():
                 matrix(out, n)[:] = head.bound(matrix(o, n))
+    return out
+
+
+def bound_over_draws(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    features: int,
+    directions: Directions = "iid",
+    norms: Norms = "chi",
+    centring: Centring = "none",
+    kind: Kind = "positive",
+    stabilizer: Stabilizer = "none",
+    eps: float = 0.0,
+    delta: float,
+    rows: ArrayLike | None = None,
+    mask: MaskLike = None,
+    scale: float | None = None,
+) -> NDArray[np.float64]:
+    r"""How far `attend` is from exact attention, at most, with probability 1 − δ over `draw` (R3, elementwise).
+
+    .. math::
+        \Pr\big(|\tilde o_{ic} - o_{ic}| \ge a_{ic}\big) \le \delta, \qquad
+        a = \frac{\sqrt g}{\sqrt{m \delta} - \sqrt{(1 - \delta) h}}
+
+    for each element alone, with g and h as in `refattn.kernel.moments.tail_radius`. It is proved for ω of independent
+    N(0, I) rows, for unbiased features and ε = 0, and is ∞ for all else: orthogonal directions, norms √D, ReLU, ε > 0.
+    It is ∞ too where m ≤ (1 − δ)h/δ. It costs O(S²·(D + E)) a row.
+
+    Parameters
+    ----------
+    features, directions, norms, centring
+        As `draw` is given them.
+    delta : float
+        δ, strictly between 0 and 1.
+    rows : (R,) of int, optional
+        Which rows of q are asked for; all of them unless given.
+
+    Returns
+    -------
+    (..., R, E) of float64
+        Mathematical: rounding is not in it.
+
+    Examples
+    --------
+    >>> from refattn.kernel import performer
+    >>> q, k, v = [[0.5]], [[0.5], [-0.5]], [[1.0], [0.0]]
+    >>> performer.bound_over_draws(q, k, v, features=1024, delta=0.0625).round(3)
+    array([[0.043]])
+    """
+    m, delta = _check.integer("features", features, 1), _check.probability("delta", delta)
+    _check.choice("directions", directions, random_features.DIRECTIONS)
+    _check.choice("norms", norms, random_features.NORMS)
+    centre = _centre(q, k, centring)
+    call = _call(q, k, v, np.zeros((1, centre.shape[-1])), centre, kind, stabilizer, eps, mask, scale)
+    T, E = call.q.shape[-2], call.v.shape[-1]
+    asked = cast("NDArray[Any]", np.arange(T) if rows is None else _check.array("rows", rows, "R"))
+    if asked.dtype.kind not in "iu" or asked.ndim != 1 or not ((asked >= 0) & (asked < T)).all():
+        raise ValueError(f"rows is {rows!r}; expected a list of integers from 0 to {T - 1}")
+    out = np.zeros((*call.leads.shape, len(asked), E))
+    for n in range(math.prod(call.leads.shape)):
+        head = call.head(n)
+        by, x, y = head.sides
+        for at, i in enumerate(asked):
+            seen = int(head.ends[i])
+            if seen == 0:
+                continue
+            if kind == "relu" or eps > 0 or (directions, norms) != ("iid", "chi"):
+                matrix(out, n)[at] = np.inf
+                continue
+            p = softmax.weights(head.q[i : i + 1], head.k[:seen], scale=scale)[0]
+            C = moments.cross_covariances(x[i] * by, y[:seen] * by, kind=kind)
+            matrix(out, n)[at] = moments.tail_radius(p, head.v[:seen], C, m, delta)
     return out
 
 
@@ -453,169 +517,11 @@ class _Call(NamedTuple):
         own = random_features.columns(self.kind, self.omega.shape[-2])
         return own + 1 if self.stabilizer == "max" and self.eps > 0 else own
 
-    def head(self, n: int) -> _Head:
+    def head(self, n: int) -> Head:
         """Return one head's problem, in float64 or another arithmetic."""
         arrays = {name: _check.widened(self.part(name, getattr(self, name), n)) for name in METHOD.arrays}
         ends: Ints = self.part("mask", self.ends, n)
-        return _Head(**arrays, ends=ends, kind=self.kind, stabilizer=self.stabilizer, eps=self.eps, scale=self.scale)
-
-
-class _Head(NamedTuple):
-    r"""One head's problem.
-
-    The engine takes κ as a product. With w = e^{y·ω − ‖y‖²/2} and u = e^{x·ω − ‖x‖²/2 − a},
-
-    .. math:: m \kappa_{ij} = \sum_f (u_{if} + \varepsilon) e^{-c_i} w_{jf}
-              + \varepsilon \sum_f (u_{if} + \varepsilon) \cdot 1
-
-    so c_i belongs to the query. With ε = 0 a row's features may have any factor: their largest becomes 1.
-    """
-
-    q: Any
-    k: Any
-    v: Any
-    omega: Any
-    centre: Any
-    ends: Ints
-    kind: Kind
-    stabilizer: Stabilizer
-    eps: float
-    scale: float | None
-
-    @property
-    def sides(self) -> tuple[Any, Any, Any]:
-        """√|σ|, ±q and k less its centre."""
-        q = -self.q if self.scale is not None and self.scale < 0 else self.q
-        return random_features.root(self.scale, self.q.shape[1], self.q), q, self.k - self.centre
-
-    def features(self, peak: Any = -np.inf) -> _Features:
-        """Return the features; `peak` is the largest y·ω of the past."""
-        (by, q, k), kind, eps = self.sides, self.kind, self.eps
-        x, y = q * by, k * by
-        # scaled last: what has been rounded once less is what another arithmetic compares
-        plain_x, plain_y = (random_features.project(z, self.omega, kind) for z in (q, k))
-        ex, ey = plain_x * by, plain_y * by
-        w = random_features.raw(ey, random_features.height(y, kind), kind)
-        if eps == 0:
-            u = random_features.raw(ex, -_values(ex).max(axis=1, keepdims=True) if kind in EXPONENTIAL else 0.0, kind)
-            return _Features(x, y, ex, ey, u, w, u, w, None, peak)
-        tall = random_features.height(x, kind)
-        if self.stabilizer == "none":
-            u = random_features.raw(ex, tall, kind)
-            return _Features(x, y, ex, ey, u, w, u + eps, w + eps, None, peak)
-        u = random_features.raw(ex, tall - random_features.largest(plain_x) * by, kind)
-        c = _running(random_features.largest(plain_y), self.ends) * by
-        c = c if peak == -np.inf else np.maximum(c, peak)
-        fall, last = np.exp(-c), _values(c)[-1, 0]
-        fq = concatenate((u + eps) * fall, (u + eps).sum(1, keepdims=True) * eps, axis=1)
-        return _Features(x, y, ex, ey, u, w, fq, concatenate(w, np.ones((w.shape[0], 1)), axis=1), fall, last)
-
-    def forward(self, backend: Backend, before: linear.State | None, peak: Any) -> tuple[Any, linear.State | None, Any]:
-        """Return the output and what the engine and the maximum leave behind."""
-        if not self.ends.any():
-            nothing = np.zeros((self.q.shape[0], self.v.shape[1]))
-            return self.q.lift(nothing) if isinstance(self.q, Arithmetic) else nothing, before, peak
-        f = self.features(peak)
-        return *linear.forward(self.problem(f, before), backend), f.peak
-
-    def problem(self, f: _Features, before: linear.State | None = None) -> linear.Problem:
-        """Return what the linear engine is asked."""
-        alone = leads({"q": (), "mask": ()}, {"k": (), "v": ()})
-        return linear.Problem(
-            q=f.fq, k=f.fk, v=self.v, feature_map=_PLAIN, ends=self.ends, eps=0.0, state=before, leads=alone
-        )
-
-    def kappa(self, f: _Features, rows: NDArray[np.intp]) -> Any:
-        """Return κ of some rows, up to a factor of the row."""
-        return f.fq[rows] @ f.fk.mT
-
-    def bound(self, o: Array) -> Array:
-        """Return the least of K1, K1 with R6, and the distance to the far end of the values."""
-        q, k, v, ends, f = self.q, self.k, self.v, self.ends, self.features()
-        sigma = _check.scale(self.scale, q.shape[1])
-
-        def logits(rows: NDArray[np.intp]) -> Array:
-            return sigma * (q[rows] @ k.T)
-
-        claim = _ratio.bound(o, v, ends, lambda rows: self.kappa(f, rows), logits)
-        if self.eps == 0 or self.kind not in EXPONENTIAL:
-            return claim
-        plain = self._replace(eps=0.0)
-        f0, o0 = plain.features(), plain.forward(Backend("numpy"), None, -np.inf)[0]
-        near = _ratio.bound(o0, v, ends, lambda rows: plain.kappa(f0, rows), logits)
-        # κ − κ⁰ = ε(Σw e^−c + Σu + rε), with the factor that features() gives a row
-        fall = 1.0 if f.fall is None else f.fall
-        r, live, seen = f.u.shape[1], np.flatnonzero(ends), np.maximum(ends - 1, 0)
-        added = np.cumsum(f.w.sum(axis=1))[seen, None] * fall + ends[:, None] * (
-            f.u.sum(axis=1, keepdims=True) + r * self.eps
-        )
-        whole = (f.fq * np.cumsum(f.fk, axis=0)[seen]).sum(axis=1, keepdims=True)
-        low, high = np.minimum.accumulate(v)[seen], np.maximum.accumulate(v)[seen]
-        farther = near + self.eps * added / whole * np.maximum(np.abs(o0 - low), np.abs(high - o0))
-        claim[live] = np.fmin(claim, farther)[live]
-        return claim
-
-    def log_error(self) -> Array:
-        """Return how far ln κ may be off over what each row sees, (T,), in Bounded arithmetic."""
-        f, found = self.features(), np.zeros(len(self.ends))
-        keys = np.arange(int(self.k.shape[0]))
-        with np.errstate(all="ignore"):
-            for rows in tiles(np.arange(len(self.ends)), len(keys)):
-                kappa, seen = self.kappa(f, rows), keys < self.ends[rows][:, None]
-                signed = (seen & (kappa.value + 2 * kappa.error <= 0)).any(axis=1)
-                off: Array = np.log(kappa).error
-                error = np.where(seen, off, 0.0).max(axis=1, initial=0.0)
-                found[rows] = np.where(signed, 0.0, np.where(np.isnan(error), np.inf, error))
-        return found
-
-    def pull(self, do: Any, backend: Backend) -> Gradients:
-        """Return the gradients; rows that see nothing and keys that nobody sees are left out of every sum."""
-        blind, seen = int(np.searchsorted(self.ends, 1)), int(self.ends.max(initial=0))
-        if seen == 0:
-            return Gradients(*(x * 0.0 for x in self[:5]))
-        live = self._replace(q=self.q[blind:], k=self.k[:seen], v=self.v[:seen], ends=self.ends[blind:])
-        dq, dk, dv, domega = live._pull(do[blind:], backend)
-        dq = concatenate(np.zeros((blind, dq.shape[1])), dq)
-        dk, dv = (concatenate(x, np.zeros((self.k.shape[0] - seen, x.shape[1]))) for x in (dk, dv))
-        return Gradients(dq, dk, dv, domega, -dk.sum(0))
-
-    def _pull(self, do: Any, backend: Backend) -> tuple[Any, Any, Any, Any]:
-        f, kind, omega = self.features(), self.kind, self.omega
-        du, dw, dv = linear.backward(self.problem(f), do, backend)
-        dc: Any = None
-        if f.fall is not None:
-            r = f.u.shape[1]
-            dc = -(du[:, :r] * f.fq[:, :r]).sum(1, keepdims=True)
-            du, dw = du[:, :r] * f.fall + du[:, r:] * self.eps, dw[:, :r]
-        (dex, tall_x), (dey, tall_y) = (
-            random_features.pull_raw(d, e, phi, kind) for d, e, phi in ((du, f.ex, f.u), (dw, f.ey, f.w))
-        )
-        if f.fall is not None:
-            dex = dex - _largest(f.ex) * tall_x
-            dey = dey + _largest(f.ey) * _to_largest(random_features.largest(f.ey), self.ends, dc)
-        if self.eps == 0:
-            tall_x = tall_x * 0.0  # the factor of a row cancels
-        (dx, from_q), (dy, from_k) = (
-            random_features.pull(d, tall, z, omega, kind) for d, tall, z in ((dex, tall_x, f.x), (dey, tall_y, f.y))
-        )
-        by = self.sides[0]
-        dq = dx * by
-        return -dq if self.scale is not None and self.scale < 0 else dq, dy * by, dv, from_q + from_k
-
-
-class _Features(NamedTuple):
-    """What is made on the way to the engine's features fq and fk; `fall` is e^{−c}, where c matters."""
-
-    x: Any
-    y: Any
-    ex: Any
-    ey: Any
-    u: Any
-    w: Any
-    fq: Any
-    fk: Any
-    fall: Any
-    peak: Any
+        return Head(**arrays, ends=ends, kind=self.kind, stabilizer=self.stabilizer, eps=self.eps, scale=self.scale)
 
 
 def _call(
@@ -631,7 +537,7 @@ def _call(
     scale: Any,
 ) -> _Call:
     """Check the arguments."""
-    plain = linear.problem(q, k, v, feature_map=_PLAIN, eps=eps, mask=mask)
+    plain = linear.problem(q, k, v, feature_map=PLAIN, eps=eps, mask=mask)
     omega, centre = _check.array("omega", omega, "m D"), _check.array("centre", centre, "D")
     D = plain.q.shape[-1]
     _check.size("omega", omega.shape[-1], D, "D", "q")
@@ -648,6 +554,25 @@ def _call(
     return _Call(plain.q, plain.k, plain.v, omega, centre, plain.ends, kind, stabilizer, plain.eps, scale, joined)
 
 
+def _centre(q: ArrayLike, k: ArrayLike, centring: Centring) -> Array:
+    """Return what `draw` subtracts from keys, (..., D) with k's leading axes."""
+    queries, keys = (
+        _check.widened(_check.array(name, x, axes)) for name, x, axes in (("q", q, "T D"), ("k", k, "S D"))
+    )
+    _check.size("k", keys.shape[-1], queries.shape[-1], "D", "q")
+    _check.choice("centring", centring, CENTRINGS)
+    joined = leads({"q": queries.shape[:-2]}, {"k": keys.shape[:-2]})
+    centre = np.zeros((*keys.shape[:-2], keys.shape[-1]))
+    if centring != "none" and keys.shape[-2]:
+        centre += keys.mean(axis=-2)
+    if centring == "balanced" and queries.shape[-2]:
+        heads = math.prod(joined.shape)
+        for j in range(math.prod(keys.shape[:-2])):
+            own = [matrix(queries, joined.of["q"][n]).mean(axis=0) for n in range(heads) if joined.of["k"][n] == j]
+            matrix(centre, j, 1)[...] += np.mean(own, axis=0) if own else 0.0
+    return centre
+
+
 def _forward(call: _Call, backend: Backend, state: State | None = None) -> tuple[Any, State]:
     """Return the output of all heads, and the state after the last key."""
     if isinstance(call.q, Arithmetic):
@@ -662,47 +587,3 @@ def _forward(call: _Call, backend: Backend, state: State | None = None) -> tuple
         if after is not None:
             s[at], z[at] = after
     return o, State(linear.State(s, z), peak)
-
-
-def _values(x: Any) -> Array:
-    return x.floats() if isinstance(x, Arithmetic) else x
-
-
-def _running(each: Any, ends: Ints) -> Any:
-    """Return the largest of what each row sees, (T, 1), of one number a key, (S, 1); a row that sees none gets any."""
-    rows = np.maximum(ends - 1, 0)
-    if not isinstance(each, Arithmetic):
-        running: Array = np.maximum.accumulate(each, axis=0)
-        return running[rows]
-    each = cast("Any", each)
-    found: list[Any] = [each[:1]]
-    for j in range(1, each.shape[0]):
-        found.append(np.maximum(each[j : j + 1], found[-1]))
-    return concatenate(*found)[rows]
-
-
-def _largest(x: Any) -> Any:
-    """Return 1 at the first largest of each row, else 0; what rounding leaves undecided may be either."""
-    values = _values(x)
-    first: NDArray[np.bool_] = np.arange(int(values.shape[1])) == values.argmax(axis=1)[:, None]
-    if not isinstance(x, Bounded):
-        return first.astype(np.float64)
-    rival = values + 2 * x.error >= (values - 2 * x.error).max(axis=1, keepdims=True)
-    return Bounded(first, rival & (rival.sum(axis=1, keepdims=True) > 1))
-
-
-def _to_largest(each: Any, ends: Ints, g: Any) -> Any:
-    """Send one number a row, (T, 1), to the first largest of the keys that it sees: (S, 1)."""
-    values, S = _values(each)[:, 0], int(each.shape[0])
-    best = np.maximum.accumulate(values)
-    record = np.where(values > np.r_[-np.inf, best[:-1]], np.arange(S), 0)
-    picked = np.maximum.accumulate(record)[ends - 1]
-    if not isinstance(each, Bounded):
-        out = np.zeros((S, 1))
-        np.add.at(out, picked, g)
-        return out
-    error = 2 * each.error[:, 0]
-    seen = np.arange(S) < ends[:, None]
-    rival = seen & (values + error >= np.maximum.accumulate(values - error)[ends - 1][:, None])
-    first: NDArray[np.bool_] = np.arange(S) == picked[:, None]
-    return Bounded(first, rival & (rival.sum(axis=1, keepdims=True) > 1)).mT @ g
