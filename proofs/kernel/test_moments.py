@@ -411,6 +411,8 @@ def test_with_too_few_rows_nothing_is_claimed() -> None:
     assert moments.tail_radius(P, V, C, 9, delta) == math.inf  # mδ = (1 − δ)h
     assert np.isfinite(moments.tail_radius(P, V, C, 10, delta)).all()
     assert moments.tail_radius(P, V, np.full((2, 2), np.inf), 10, delta) == math.inf
+    unseen = np.array([[1.0, 1.0], [1.0, np.inf]])  # an overflow beside a weight of 0
+    assert moments.tail_radius(np.array([1.0, 0.0]), V, unseen, 10, delta) == math.inf
     assert np.isnan(moments.tail_radius(P, V * np.nan, C, 10, delta)).all()
 
 
@@ -641,6 +643,15 @@ def test_their_attention_is_no_further_than_stated(
     if data.draw(st.booleans()):
         y[0] = -x
     target(judge_attention(tight, x, y))
+
+
+@pytest.mark.parametrize("radius_", [2.0**-20, 0.5, 1.75, 2.0, 4.0])
+def test_the_distance_is_evaluated_without_cancellation(tight: Tight, radius_: float) -> None:
+    """Below, near and above u = 1, where D = 1 and 2."""
+    for depth in (1, 2):
+        bound = moments.regularized_total_variation(radius_, depth)
+        off = abs(arb(float(bound)) - (beta(arb(radius_) ** 2, depth) / 4).tanh())
+        tight("R5", number(off), 0.0, slack(bound, 96))
 
 
 @pytest.mark.parametrize("depth", [1, 4])

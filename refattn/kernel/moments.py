@@ -153,6 +153,7 @@ def tail_radius(p: ArrayLike, v: ArrayLike, covariances: ArrayLike, count: int, 
     Returns
     -------
     (..., E)
+        NaN where a value is NaN; ∞ where a covariance is.
 
     Raises
     ------
@@ -176,9 +177,7 @@ def tail_radius(p: ArrayLike, v: ArrayLike, covariances: ArrayLike, count: int, 
         h = np.sum(p * (C @ p), axis=-2)
         # both are variances; rounding may leave them a little below zero
         room = math.sqrt(m * delta) - np.sqrt((1 - delta) * np.maximum(h, 0.0))
-        radius = np.where(room > 0, np.sqrt(np.maximum(g, 0.0)) / room, np.inf)
-        known = np.isfinite(c).all(axis=-2) & np.isfinite(p).all(axis=-2)
-        return np.where(np.isnan(radius) & known, np.inf, radius)
+        return np.where(room > 0, np.sqrt(np.maximum(g, 0.0)) / room, np.inf)  # overflow leaves h ∞ or NaN
 
 
 def orthogonal_gain(x: ArrayLike, y: ArrayLike) -> Array:
