@@ -142,7 +142,7 @@ class Mask:
         raise NotImplementedError
 
     def _kin(self, rows: Ints, p: Ints) -> Ints | None:
-        """Number rows so that those with one number see many of the same keys; None where neighbours already do."""
+        """Return a number for each row, one for rows that see many of the same keys; None where neighbours do."""
         return None
 
 

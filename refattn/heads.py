@@ -55,9 +55,9 @@ def _broadcast(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     return joined
 
 
-def matrix(x: Any, flat: int | np.intp) -> Any:
-    """Return the matrix at a flat index into the leading axes, as a view."""
-    return x if isinstance(x, Arithmetic) else x[np.unravel_index(flat, x.shape[:-2])]
+def matrix(x: Any, flat: int | np.intp, axes: int = 2) -> Any:
+    """Return the matrix, or what else has so many axes, at a flat index into the leading axes, as a view."""
+    return x if isinstance(x, Arithmetic) else x[np.unravel_index(flat, x.shape[: x.ndim - axes])]
 
 
 def unbroadcast(x: Any, shape: tuple[int, ...]) -> Any:

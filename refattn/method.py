@@ -23,6 +23,7 @@ TABLE: tuple[str, ...] = (
     "refattn.sparse.local_global",
     "refattn.lowrank.linformer",
     "refattn.kernel.linear_transformer",
+    "refattn.kernel.performer",
     "refattn.kernel.gaussian",
     "refattn.kernel.polynomial",
     "refattn.memory.memformer",

@@ -144,12 +144,14 @@ def compare(
     rows: list[Row] = []
     for sweep in sweeps:
         drawn = _drawn(sweep, given, scale, seed)
-        of = leads(queries, keyed | {name: x.shape[:-2] for name, x in drawn.items()}).of
+        axes = {name: len(sweep.module.METHOD.arrays[name].split()) for name in drawn}
+        of = leads(queries, keyed | {name: x.shape[: x.ndim - axes[name]] for name, x in drawn.items()}).of
         masked = takes[sweep.module.METHOD.masks]
         found: list[_Measured] = []
         flops = 0
         for n in range(heads):
-            one = {name: np.asarray(matrix(x, of[name][n]), np.float64) for name, x in (given | drawn).items()}
+            parts = ((name, matrix(x, of[name][n], axes.get(name, 2))) for name, x in (given | drawn).items())
+            one = {name: np.asarray(x, np.float64) for name, x in parts}
             mine = seen[n] if masked else None
             common = {"mask": mine, "scale": scale} | sweep.options
             if (n, masked) not in exacts:
