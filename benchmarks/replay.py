@@ -1,8 +1,9 @@
 """Measure what replay saves: ``python -m benchmarks.replay``.
 
 Peak memory, as NumPy asks for it, of the gradients of Memformer by replay (`refattn.memory.memformer.vjp`) and by plain
-backpropagation through time, which keeps every segment's activations, at three lengths; beside it the part beyond the
-gradients that both return, of which the ratio is. The gradients are compared bit for bit. Exits 1 where they differ or replay takes more.
+backpropagation through time, which keeps every segment's activations, at three lengths; beside it what is beyond the
+gradients that both return, of which the ratio is. The gradients are compared bit for bit. Exits 1 where they differ or
+replay takes more.
 """
 
 from __future__ import annotations
