@@ -38,10 +38,8 @@ def measure(work: Callable[[], memformer.Gradients]) -> tuple[memformer.Gradient
 
 def main() -> int:
     """Print the table and return the exit status."""
-    print(
-        f"Memformer's gradients, D = E = {DEPTH}, n = {SLOTS} slots, segments of {SEGMENT}; float64; beyond: less what"
-    )
-    print("the gradients themselves take")
+    print(f"Memformer's gradients, D = E = {DEPTH}, n = {SLOTS} slots, segments of {SEGMENT}; float64")
+    print("beyond: what is beyond the gradients themselves")
     print(f"{'tokens':<8}{'replay':>12}{'beyond':>12}{'plain':>12}{'beyond':>12}{'plain / replay':>18}{'seconds':>16}")
     beyond: list[tuple[float, float]] = []
     same = True
