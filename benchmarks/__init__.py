@@ -1,1 +1,1 @@
-"""Commands that print measured figures: `python -m benchmarks` (speed, memory) and `python -m benchmarks.evidence`."""
+"""Commands that print measured figures: `python -m benchmarks`, and its modules `evidence`, `broken` and `replay`."""

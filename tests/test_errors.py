@@ -271,6 +271,15 @@ def test_missing_ball_arithmetic_is_named_with_its_pip_line(monkeypatch):
         Ball.lift(Q)
 
 
+def remember(verb=memformer.attend, **changes):
+    """Call a verb of Memformer, D = E, with some arguments changed."""
+    square = np.eye(E)
+    given = {"q": DO, "k": DO, "v": DO, "w_query": square, "w_key": square, "w_value": square, "retention": DO[:R]}
+    first = [changes.pop("state")] if "state" in changes else []
+    arrays = [changes.pop(name, x) for name, x in given.items()]
+    return verb(*first, *arrays, **{"segment": 2, **changes})
+
+
 CALLS = [
     ("do", ValueError, lambda: softmax.vjp(np.ones((T, E + 1)), Q, K, V)),
     ("do", ValueError, lambda: softmax.vjp(np.ones((T + 1, E)), Q, K, V)),
@@ -375,6 +384,23 @@ CALLS = [
     ("mask", ValueError, lambda: linear_transformer.attend(Q, K, V, mask=masks.window(1, 0))),
     ("mask", ValueError, lambda: linear_transformer.attend(Q, K, V, mask=masks.causal().on(T, S + 1))),
     ("backend", ValueError, lambda: linear_transformer.attend(Q, K, V, backend="fast")),
+    ("segment", ValueError, lambda: remember(segment=0)),
+    ("segment", TypeError, lambda: remember(segment=1.5)),
+    ("temperature", ValueError, lambda: remember(temperature=0.0)),
+    ("scale", ValueError, lambda: remember(scale=np.nan)),
+    ("backend", ValueError, lambda: remember(backend="fast")),
+    ("retention", ValueError, lambda: remember(retention=np.zeros((R, E)))),
+    ("retention", ValueError, lambda: remember(retention=np.ones((0, E)))),
+    ("w_key", ValueError, lambda: remember(w_query=np.ones((3, E, E)), w_key=np.ones((2, E, E)))),
+    ("state", TypeError, lambda: remember(memformer.step, state=3)),
+    ("state.memory", ValueError, lambda: remember(memformer.step, state=memformer.State(DO, DO[:1], DO[:1]))),
+    ("state.k", ValueError, lambda: remember(memformer.step, state=memformer.State(DO[:R], DO[:2], DO[:2]))),
+    ("state.v", ValueError, lambda: remember(memformer.step, state=memformer.State(DO[:R], DO[:1], DO[:0]))),
+    ("S", ValueError, lambda: remember(memformer.step, state=None, k=V, v=V)),
+    ("retention", ValueError, lambda: memformer.forget(DO, -DO)),
+    ("memory", ValueError, lambda: memformer.read(DO, DO[:, :2], DO[:2], DO)),
+    ("v", ValueError, lambda: memformer.draw(np.random.default_rng(0), Q, K, V * np.nan, slots=1)),
+    ("slots", ValueError, lambda: memformer.draw(np.random.default_rng(0), Q, K, V, slots=0)),
     ("box", ValueError, lambda: linear_transformer.bound_from_box(-1.0, 2)),
     ("depth", ValueError, lambda: linear_transformer.bound_from_box(1.0, 0)),
     ("delta", ValueError, lambda: pt.chebyshev_radius(1.0, 0.0)),

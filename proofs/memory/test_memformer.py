@@ -54,6 +54,13 @@ from refattn.testing.strategies import Case, cases
 Vector = list[arb]
 
 
+@st.composite
+def problems(draw: st.DrawFn, most: int = 7, square: bool = False) -> Case:
+    """Draw from the declared domain, with slots that ask for other keys than their own."""
+    case = draw(cases(memformer, most=most, least=1, square=square))
+    return case.given(w_query=case.arrays["w_query"][:, ::-1] / 2)
+
+
 def judge(tight: Tight, error: arb, bound: arb) -> float:
     """Judge M5 with numbers that are known to 200 bits."""
     most = float(bound.upper())
@@ -111,13 +118,13 @@ def by_definition(case: Case) -> Ball:
     return Ball(out)
 
 
-@given(case=cases(memformer, least=1))
+@given(case=problems())
 def test_attend_is_the_papers_formulas(case: Case) -> None:
     arrays, options = case.arguments()
     assert_within(case.attend(), by_definition(case), rounding.allowance(memformer.attend, *arrays, **options))
 
 
-@given(case=cases(memformer, least=1))
+@given(case=problems())
 def test_attend_is_its_three_maps(case: Case) -> None:
     """In float64, bit for bit: what `read`, `write` and `forget` say is what `attend` does."""
     q, k, v, w_query, w_key, w_value, b = case.arrays.values()
@@ -324,7 +331,7 @@ def judge_derivative(tight: Tight, arrays: dict[str, Array], options: dict[str, 
     return judge(tight, norm(list(change[0])), most)
 
 
-@given(case=cases(memformer, least=1))
+@given(case=problems())
 def test_a_write_stays_within_the_longest_of_what_it_mixes(tight: Tight, case: Case) -> None:
     arrays, options = written(case)
     after = memformer.write(*map(Ball.lift, arrays.values()), **options).cells
@@ -339,13 +346,13 @@ def test_one_value_throughout_reaches_it(tight: Tight, v: Array, k: Array) -> No
     assert judge(tight, norm(list(memformer.write(*balls).cells[0])), norm(exact(v))) > SHARP
 
 
-@given(case=cases(memformer, least=1), size=st.sampled_from([1.0, 2.0**-3, 2.0**-10]))
+@given(case=problems(), size=st.sampled_from([1.0, 2.0**-3, 2.0**-10]))
 def test_the_derivative_of_a_write_is_at_most(tight: Tight, case: Case, size: float) -> None:
     arrays, options = written(case)
     target(judge_derivative(tight, {**arrays, "w_query": size * arrays["w_query"]}, options))
 
 
-@given(case=cases(memformer, least=1))
+@given(case=problems())
 def test_slots_that_ask_nothing_reach_it(tight: Tight, case: Case) -> None:
     arrays, options = written(case)
     assert judge_derivative(tight, {**arrays, "w_query": 0 * arrays["w_query"]}, options) > SHARP
@@ -359,7 +366,7 @@ def test_two_points_of_equal_weight_reach_it(tight: Tight, m: float, v: float, a
     assert judge_derivative(tight, {s: np.array([[x]]) for s, x in numbers.items()}, {"scale": 1.0}) > SHARP
 
 
-@given(case=cases(memformer, least=1), other=st.integers(0, 7))
+@given(case=problems(), other=st.integers(0, 7))
 def test_a_slot_sees_no_other_slot(case: Case, other: int) -> None:
     arrays, options = written(case)
     n = len(arrays["memory"])
@@ -367,13 +374,15 @@ def test_a_slot_sees_no_other_slot(case: Case, other: int) -> None:
     rotten[other % n] = np.nan
     rest = np.arange(n) != other % n
     bad, good = (memformer.write(*{**arrays, "memory": x}.values(), **options) for x in (rotten, arrays["memory"]))
-    assert np.isnan(bad[~rest]).all() and (bad[rest] == good[rest]).all()
+    room = rounding.allowance(memformer.write, *arrays.values(), **options)
+    assert np.isnan(bad[~rest]).all()
+    assert_within(bad[rest], good[rest], 2 * room[rest], empty=True)
 
 
 # --- (e), (f) ---------------------------------------------------------------------------------------------------------
 
 
-@given(case=cases(memformer, most=24, least=1, square=True), seed=st.integers(0, 2**32 - 1))
+@given(case=problems(most=24, square=True), seed=st.integers(0, 2**32 - 1))
 def test_replay_is_plain_backpropagation_through_time_bit_for_bit(case: Case, seed: int) -> None:
     arrays, options = case.arguments()
     do = np.random.default_rng(seed).standard_normal((case.sizes["T"], case.sizes["E"]))
@@ -402,7 +411,7 @@ def unseen(case: Case, first: int) -> Case:
     return case.given(k=k, v=v)
 
 
-@given(case=cases(memformer, least=1), at=st.integers(0, 6))
+@given(case=problems(), at=st.integers(0, 6))
 def test_keys_of_the_own_and_of_later_segments_do_not_matter(case: Case, at: int) -> None:
     T, S, L = case.sizes["T"], case.sizes["S"], case.options["segment"]
     first = min(at, S - 1) // L * L
@@ -412,7 +421,7 @@ def test_keys_of_the_own_and_of_later_segments_do_not_matter(case: Case, at: int
     assert (g["k"][first:] == 0).all() and (g["v"][first:] == 0).all()
 
 
-@given(case=cases(memformer, least=1))
+@given(case=problems())
 def test_what_no_row_reads_does_not_matter_to_a_gradient(case: Case) -> None:
     do, first = np.ones((case.sizes["T"], case.sizes["E"])), (case.sizes["S"] - 1) // case.options["segment"]
     plain = case.vjp(do)

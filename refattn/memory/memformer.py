@@ -6,10 +6,11 @@ r"""Memformer: a row reads a memory of n slots, which each whole segment writes 
     p_i = \mathrm{softmax}\big(\tfrac{\sigma}{\tau}\, m_i W_q\, [m_i W_k;\, K_x]^\top\big) \\
     m_i &\leftarrow \frac{m_i' + b_i}{\lVert m_i' + b_i \rVert}, \qquad m_i^{(0)} = \frac{b_i}{\lVert b_i \rVert}
 
-with b the learnable `retention`: the paper's memory reading, its memory slot attention (slot i sees itself and the
-inputs, no other slot) and its biased memory normalisation. Wu et al. 2020, arXiv:2010.06891. The memory lives among the
-values. The key axis is cut into segments of L; row i stands at p = i + S − T and reads the memory as it was before its
-own segment. Memformer approximates no other attention, and its output is not linear in v.
+with b the learnable `retention` (the paper's v, a letter that values have here): the paper's memory reading, its memory
+slot attention (slot i sees itself and the inputs, no other slot) and its biased memory normalisation. Wu et al. 2020,
+arXiv:2010.06891. The memory lives among the values. The key axis is cut into segments of L; row i stands at
+p = i + S − T and reads the memory as it was before its own segment. Memformer approximates no other attention, and its
+output is not linear in v.
 """
 
 from __future__ import annotations
@@ -388,7 +389,7 @@ def step(
     _, keys, memory = through[-1]
     if S and S % how.segment == 0:
         memory, keys = _next(memory, keys, x, how), slice(S, S)
-    return o, State(memory, x.k[..., keys, :], x.v[..., keys, :])
+    return o, State(memory, x.k[..., keys, :].copy(), x.v[..., keys, :].copy())
 
 
 def draw(
@@ -619,7 +620,9 @@ def _direction(x: Any) -> tuple[Any, Any]:
     top = np.abs(x.floats() if isinstance(x, Arithmetic) else x).max(axis=-1, initial=0.0, keepdims=True)
     if (top == 0).any():
         slot = np.argwhere(top == 0)[0][-2]
-        raise ValueError(f"retention, with the memory, is 0 in slot {slot}; expected a row with a direction: 0/0")
+        raise ValueError(
+            f"retention leaves slot {slot} at 0, which has no direction; expected rows that no slot cancels"
+        )
     top = np.ldexp(1.0, np.where(np.isfinite(top), np.frexp(top)[1] - 1, 0))
     x = x / top
     length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
