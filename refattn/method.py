@@ -20,6 +20,7 @@ TABLE: tuple[str, ...] = (
     "refattn.softmax",
     "refattn.sparse.longformer",
     "refattn.lowrank.linformer",
+    "refattn.lowrank.pooling",
     "refattn.kernel.linear_transformer",
 )
 
