@@ -77,7 +77,11 @@ def problems(draw: st.DrawFn) -> Case:
     if draw(st.booleans()):
         v[:, 0] = k @ q[0] > draw(st.sampled_from([0.0, 1.0]))
     size = draw(st.sampled_from([sizes, sizes[::-1], 1, 2, 3, n]))
-    return Case(q, k, v, options(size, draw(st.sampled_from(["kept", "ignored"])), draw(st.sampled_from([None, 1.0]))))
+    case = Case(q, k, v, options(size, draw(st.sampled_from(["kept", "ignored"])), draw(st.sampled_from([None, 1.0]))))
+    if draw(st.booleans()):  # then only the masses of the segments move
+        for s in parts(case):
+            v[s] = v[s.start]
+    return case
 
 
 def parts(case: Case) -> list[slice]:

@@ -54,7 +54,6 @@ METHOD = Method(
         ),
     },
     budget="size",
-    variants=({"counts": "ignored"},),
     masks="none",
     rows="stochastic",
     permutable=False,
