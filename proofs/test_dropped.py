@@ -16,17 +16,19 @@ S1  Statement    õ − o = ρ(õ − μ_D), so |õ − o| ≤ ρ·max(max_D v �
 
 S2  Statement    Block b of n_b keys with mean c and x_j = σq·(k_j − c), of variance ς² = σ²qᵀΣq: for −R₋ ≤ x_j ≤ R₊,
                      T(−R₋, ς²) ≤ ln(Σe^{x_j}/n_b) ≤ T(R₊, ς²), T(r, ς²) = ln[(r²e^{−ς²/r} + ς²e^r)/(r² + ς²)],
-                 and ρ = expit(L_D − L_K) is enclosed by L_D's bounds ln Σ_b e^{ln n_b + σq·c + T}. R± the smaller of
-                 ‖σq‖·radius and the box's side: no end is looser than 0 or ln cosh R, the box, or the ball ±R.
+                 and ρ = expit(L_D − L_K) is enclosed by L_D's bounds ln Σ_b e^{ln n_b + σq·c + T}. R± the smallest of
+                 ‖σq‖·radius =: R, the box's side and ς√(n_b−1): no end is looser than 0 or ln cosh R, the box, or the
+                 ball ±R.
     Derivation   1  X uniform over the block's x_j has mean 0. Let Q be the parabola that touches e^x at a = −ς²/r and
                     meets it at r: e^x − Q(x) = e^ξ(x − a)²(x − r)/6 for some ξ, so Q ≥ e^x for x ≤ r if r = R₊, and
                     Q ≤ e^x for x ≥ r if r = −R₋. E Q(X) depends on mean and variance only; the law Y on {a, r} with
                     mean 0 has variance −ar = ς², and Q = e^x on {a, r}: E Q(X) = E e^Y = e^T. (Bennett 1962)
-                 2  max x · max(−x) ≥ ς² (Bhatia & Davis 2000), so |a| ≤ ‖σq‖·radius =: R, and Y lives on [−R, R] and
-                    on the side of r: with Y for X, the chord of e^x over [−R, R] gives T ≤ ln cosh R, Jensen T ≥ 0,
-                    and Y ≤ R₊, Y ≥ −R₋ give T(R₊, ·) ≤ R₊, T(−R₋, ·) ≥ −R₋.
-                 3  expit increases.
-    Equality     blocks whose σq·k_j take two values.
+                 2  x_j = −Σ_{i≠j}x_i, so x_j² ≤ (n_b−1)(n_bς² − x_j²), and |x_j| ≤ ς√(n_b−1). (Samuelson 1968)
+                 3  max x · max(−x) ≥ ς² (Bhatia & Davis 2000) and r no nearer to 0 than x is on its side, so |a| ≤ R,
+                    and Y lives on [−R, R] and on the side of r: with Y for X, the chord of e^x over [−R, R] gives
+                    T ≤ ln cosh R, Jensen T ≥ 0, and Y ≤ R₊, Y ≥ −R₋ give T(R₊, ·) ≤ R₊, T(−R₋, ·) ≥ −R₋.
+                 4  expit increases.
+    Equality     blocks of two places, along one axis; of all keys but one in one place, at the end on that key's side.
 
 S3  Statement    (a) Γ = min_K s − max_D s: ρ ≤ expit(ln((n−k)/k) − Γ). (b) K the k largest, w_(k) the least of them:
                  ρ ≤ (n−k)w_(k)/(W_K + (n−k)w_(k)) ≤ 1 − k/n. (c) s_j = c_j − α·d_j with distances 0, …, n−1, and K
@@ -268,6 +270,16 @@ def test_block_summaries_enclose_the_dropped_mass_and_two_points_do_it_best(tigh
 @given(case=summarised(places=2))
 def test_blocks_with_two_places_reach_both_ends(tight: Tight, case: Summarised) -> None:
     assert min(judge_blocks(tight, case)) > SHARP
+
+
+@given(case=summarised(), other=st.lists(grid(-2, 2), min_size=3, max_size=3))
+def test_a_key_apart_from_the_others_reaches_the_end_on_its_side(
+    tight: Tight, case: Summarised, other: list[float]
+) -> None:
+    first, D = np.arange(6) == 0, case.k.shape[1]
+    k = case.k.reshape(6, case.size, D).copy()
+    k[0], k[0, 0] = k[0, :1], np.round(64 * np.array(other[:D])) / 64
+    assert max(judge_blocks(tight, case._replace(k=k.reshape(-1, D), dropped=first[None]))) > SHARP
 
 
 # --- S3 ---------------------------------------------------------------------------------------------------------------

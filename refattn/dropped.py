@@ -175,42 +175,45 @@ class Blocks(NamedTuple):
     def one(self, flat: int | np.intp) -> Blocks:
         """Return the summaries at a flat index into the leading axes, as views."""
         at = np.unravel_index(flat, self.centre.shape[:-2])
-        return Blocks(self.count, *(x[at] for x in self[1:]))
+        return Blocks(np.broadcast_to(self.count, self.radius.shape)[at], *(x[at] for x in self[1:]))
 
-    def reach(self, q: Array) -> Interval:
-        r"""Return [−R₋, R₊], (T, B), which holds every q·(k_j − c_b) of a block: the ball's or the box's, if smaller.
+    def deviation(self, q: Array) -> Deviation:
+        r"""Enclose what q·(k_j − c_b) is over each block (S2): blocks without leading axes, q (T, D) times the scale.
 
-        Blocks without leading axes, and q (T, D) already times the scale; so in `log_means`.
+        With variance ς², no key is farther than ς√(n_b − 1) from the mean, and no two are farther apart than ς√(2n_b).
 
-        >>> low, high = Blocks.of([[0.0], [2.0]], 2).reach(np.array([[3.0]]))
-        >>> low.tolist(), high.tolist()
-        ([[-3.0]], [[3.0]])
+        Examples
+        --------
+        >>> x = Blocks.of([[-1.0], [1.0]], 2).deviation(np.array([[1.0]]))
+        >>> print(x.span.round(6), x.log_mean.low.round(6), x.log_mean.high.round(6), np.log(np.cosh(1.0)).round(6))
+        [[2.]] [[0.433781]] [[0.433781]] 0.433781
         """
-        up, down = np.maximum(q, 0.0), np.minimum(q, 0.0)
+        n, up, down = self.count, np.maximum(q, 0.0), np.minimum(q, 0.0)
         above, below = (self.high - self.centre).T, (self.low - self.centre).T
-        most, least, ball = up @ above + down @ below, -(up @ below + down @ above), self._ball(q)
-        return Interval(-np.clip(least, 0.0, ball), np.clip(most, 0.0, ball))
-
-    def log_means(self, q: Array) -> Interval:
-        r"""Enclose :math:`\ln \big(\tfrac{1}{n_b} \sum_{j \in b} e^{q \cdot (k_j - c_b)}\big)`, (T, B), as S2 does.
-
-        >>> low, high = Blocks.of([[-1.0], [1.0]], 2).log_means(np.array([[1.0]]))
-        >>> print(low.round(6), high.round(6), np.log(np.cosh(1.0)).round(6))
-        [[0.433781]] [[0.433781]] 0.433781
-        """
-        least, most = self.reach(q)
-        variance = np.zeros(most.shape)
+        ball = np.sqrt((q * q).sum(axis=1))[:, None] * self.radius
+        variance = np.zeros(ball.shape)
         for b, covariance in enumerate(self.covariance):
             variance[:, b] = ((q @ covariance) * q).sum(axis=1)
-        # Both ends rise with the variance, and the upper one may rise steeply: what is not known of it goes outward.
-        # A variance is at most R₋R₊, without which the lower end would not stay below R₊.
-        roundings = 2 * q.shape[1] + int(self.count.max(initial=0)) + 8
-        blur = gamma(roundings) * np.square(self._ball(q))
-        low = np.clip(variance - blur, 0.0, -least * most)
-        return Interval(_two_point(least, low), _two_point(most, np.maximum(variance, 0.0) + blur))
+        # What rounding leaves unknown of the variance goes outward: the upper end may rise steeply with it.
+        blur = gamma(2 * q.shape[1] + int(n.max(initial=0)) + 8) * np.square(ball)
+        most = np.maximum(variance, 0.0) + blur
+        far = np.minimum(ball, np.sqrt(most * (n - 1)))
+        left, right = -np.clip(-(up @ below + down @ above), 0.0, far), np.clip(up @ above + down @ below, 0.0, far)
+        # ς² ≤ R₋R₊, without which the lower end could pass R₊.
+        least = np.clip(variance - blur, 0.0, -left * right)
+        return Deviation(
+            np.minimum(right - left, np.sqrt(2 * n * most)), Interval(_two_point(left, least), _two_point(right, most))
+        )
 
-    def _ball(self, q: Array) -> Array:
-        return np.sqrt((q * q).sum(axis=1))[:, None] * self.radius
+
+class Deviation(NamedTuple):
+    r"""What :math:`x_j = \sigma q \cdot (k_j - c_b)` is over the keys of each block, (T, B).
+
+    `span` is at least max x − min x, and `log_mean` encloses :math:`\ln \big(\tfrac{1}{n_b} \sum_j e^{x_j}\big)`.
+    """
+
+    span: Any
+    log_mean: Interval
 
 
 def mass_from_blocks(
@@ -231,8 +234,9 @@ def mass_from_blocks(
         \;\le\; \ln \Big(\frac{1}{n_b} \sum_{j \in b} e^{x_j}\Big) \;\le\;
         \ln \frac{R_+^2 e^{-\varsigma^2/R_+} + \varsigma^2 e^{R_+}}{R_+^2 + \varsigma^2}
 
-    and ρ increases with the sum over the dropped blocks. R is the smaller of the ball's ‖σq‖·radius and the box's
-    side, so that no other form here is tighter, on either end. Equal when a block has two places, or one.
+    and ρ increases with the sum over the dropped blocks. R is the smallest of the ball's ‖σq‖·radius, the box's side
+    and ς√(n_b − 1), so that no other form here is tighter, on either end. Equal when a block has one place, or two
+    along one axis; on the side of a key that is apart from all others, which are in one place, along any.
 
     Parameters
     ----------
@@ -459,7 +463,7 @@ def _levels(q: Array, blocks: Blocks, form: str) -> tuple[Array, Array]:
     """Bound the log-sum-exp of each block, (T, B), from below and above; q is scaled."""
     middle = np.log(blocks.count) + q @ blocks.centre.T
     if form == "two_point":
-        low, high = blocks.log_means(q)
+        low, high = blocks.deviation(q).log_mean
         return middle + low, middle + high
     up, down = np.maximum(q, 0.0), np.minimum(q, 0.0)
     above, below = (blocks.high - blocks.centre).T, (blocks.low - blocks.centre).T

@@ -9,7 +9,7 @@ import pytest
 from refattn import Backend, bias, dropped, engines, linear, masks, method, partial, rounding, softmax
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
-from refattn.lowrank import linformer
+from refattn.lowrank import linformer, pooling
 from refattn.sparse import longformer
 from refattn.testing import Ball
 
@@ -17,7 +17,6 @@ T, S, D, E, R = 3, 5, 2, 4, 2
 SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R}
 Q, K, V, DO = np.ones((T, D)), np.ones((S, D)), np.ones((S, E)), np.ones((T, E))
 P = np.ones((R, S))
-REQUIRED = {longformer: {"window": 1}}
 MODULES = list(method.modules().values())
 
 
@@ -39,6 +38,12 @@ def arguments(module):
     }
 
 
+def needed(module):
+    """Values of the options that have no default and are not drawn."""
+    options = {s: x for s, x in module.METHOD.options.items() if s not in module.METHOD.drawn}
+    return {s: option.values(SIZES)[0] for s, option in options.items() if option.default is method.REQUIRED}
+
+
 def call(module, verb, arrays):
     """Call a verb of a method with arrays by name."""
     declared, given = module.METHOD, dict(arrays)
@@ -46,7 +51,7 @@ def call(module, verb, arrays):
         given = {name: x for name, x in given.items() if name not in declared.linear_in}
     first = [DO] if verb == "vjp" else []
     positional = [given.pop(name) for name in declared.required if name in given]
-    return getattr(module, verb)(*first, *positional, **given, **REQUIRED.get(module, {}))
+    return getattr(module, verb)(*first, *positional, **given, **needed(module))
 
 
 def refuses(error, name, work):
@@ -147,7 +152,7 @@ def test_key_heads_that_do_not_divide_query_heads_are_refused(module, verb):
         arrays[name] = np.ones((2, *arrays[name].shape))
         with pytest.raises(ValueError, match=rf"\b{name}\b"):
             if verb == "vjp":
-                module.vjp(np.ones((3, T, E)), *arrays.values(), **REQUIRED.get(module, {}))
+                module.vjp(np.ones((3, T, E)), *arrays.values(), **needed(module))
             else:
                 call(module, verb, arrays)
 
@@ -310,6 +315,16 @@ CALLS = [
     ("S", TypeError, lambda: linear_transformer.cost(T, "a", D, E)),
     ("rank", ValueError, lambda: linformer.cost(T, S, D, E, rank=-3)),
     ("E", ValueError, lambda: linformer.attend(Q, np.ones((2, S, D)), np.ones((2, S, E)), np.ones((3, 1, S)), P)),
+    ("size", ValueError, lambda: pooling.attend(Q, K, V, size=0)),
+    ("size", ValueError, lambda: pooling.attend(Q, K, V, size=[S - 1])),
+    ("size", ValueError, lambda: pooling.bound(Q, K, V, size=[S, 0])),
+    ("size", TypeError, lambda: pooling.cost(T, S, D, E, size=2.0)),
+    ("size", TypeError, lambda: pooling.vjp(DO, Q, K, V, size="2")),
+    ("size", ValueError, lambda: dropped.Blocks.of(K, [1, S])),
+    ("counts", ValueError, lambda: pooling.weights(Q, K, size=2, counts="logs")),
+    ("radius", ValueError, lambda: pooling.bound_from_radius(-1.0, 1.0, 1.0)),
+    ("across", TypeError, lambda: pooling.bound_from_radius(1.0, 1.0, "1")),
+    ("ratio", ValueError, lambda: pooling.bound_from_radius(1.0, 1.0, 1.0, ratio=0.5)),
     ("state", TypeError, lambda: linear_transformer.step(3, DO, DO, DO)),
     ("state.s", ValueError, lambda: linear_transformer.step(linear.State(P, P), DO, DO, DO)),
     ("state.s", TypeError, lambda: linear_transformer.step(linear.State(P * 1j, P), DO, DO, DO)),

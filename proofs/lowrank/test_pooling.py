@@ -1,20 +1,23 @@
 r"""Attention over the means of segments is within `bound` of exact softmax attention, if it counts their keys.
 
-Notation     One row and one column. Segment g has c_g keys with means k̄_g, v̄_g; x_j = σ q·(k_j − k̄_g) is within
-             [−R₋, R₊], Δ_g = R₋ + R₊; m_g is ln of the mean of e^{x_j} over g. õ = Σ p̃_g v̄_g, p̃_g ∝ w_g e^{σ q·k̄_g},
-             w_g = c_g (counts kept) or 1 (ignored). P_g is g's exact mass, μ_g its exact mean value: o = Σ P_g μ_g.
+Notation     One row and one column. Segment g has c_g keys with means k̄_g, v̄_g; x_j = σ q·(k_j − k̄_g) has variance
+             ς² over g and is within [−R₋, R₊] (S2); m_g is ln of the mean of e^{x_j}. õ = Σ p̃_g v̄_g with
+             p̃_g ∝ w_g e^{σ q·k̄_g}, w_g = c_g (counts kept) or 1 (ignored). P_g is g's exact mass, μ_g its exact mean
+             value: o = Σ P_g μ_g.
 Hypotheses   Hfin: finite inputs. Segments of any sizes that sum to n. No mask.
 Uses         P1, P2, P4 (test_perturbation.py), S2 (test_dropped.py).
 
-L6  Statement    With lo_g ≤ m_g ≤ hi_g from S2, β_g = range_g(v)·max_f(f/(f + (1 − f)e^{−Δ_g}) − f) over
-                 f = 1/c_g … 1 − 1/c_g, l_g = max(v̄_g − β_g, min_g v), u_g = min(v̄_g + β_g, max_g v):
+L6  Statement    With lo_g ≤ m_g ≤ hi_g from S2, Δ_g = min(R₋ + R₊, ς√(2c_g)),
+                 β_g = range_g(v)·max_f(f/(f + (1 − f)e^{−Δ_g}) − f) over f = 1/c_g … 1 − 1/c_g,
+                 l_g = max(v̄_g − β_g, min_g v), u_g = min(v̄_g + β_g, max_g v):
                      min Σ P_g l_g ≤ o ≤ max Σ P_g u_g    over P_g ∝ c_g e^{σ q·k̄_g + m}, m in [lo_g, hi_g],
                  so |õ − o| is at most the distance from õ to the farther end, and from õ to the end of the values.
     Derivation   1  P_g ∝ Σ_{j∈g} e^{σ q·k_j} = c_g e^{σ q·k̄_g} e^{m_g}; x_j has mean 0 over g, so S2 encloses m_g.
-                 2  Inside g the exact weights are 1/c_g tilted by x, of span at most Δ_g. On a set of a part f of the
-                    keys they have at most f/(f + (1 − f)e^{−Δ_g}) (P1), so their TV from 1/c_g is at most the largest
-                    gain over f; it is concave in f, so over 1/c … 1 − 1/c it is greatest beside its maximum,
-                    1/(1 + e^{Δ/2}), where it would be tanh(Δ/4). P2: |μ_g − v̄_g| ≤ β_g; and μ_g is a mean.
+                 2  osc x ≤ Δ_g, as (x_i − x_j)² ≤ 2(x_i² + x_j²) ≤ 2c_gς². Inside g the exact weights are 1/c_g tilted
+                    by x. On a set of a part f of the keys they have at most f/(f + (1 − f)e^{−Δ_g}) (P1), so their TV
+                    from 1/c_g is at most the largest gain over f; it is concave in f, so over 1/c … 1 − 1/c it is
+                    greatest beside its maximum, 1/(1 + e^{Δ/2}), where it would be tanh(Δ/4). P2: |μ_g − v̄_g| ≤ β_g;
+                    and μ_g is a mean.
                  3  l_g ≤ μ_g ≤ u_g, and P is in the set over which the ends are taken. A weighted mean of fixed numbers
                     is greatest where the weights of those above it are largest, the others least (P4); Newton's
                     iteration for that threshold rises from any start below it to it.

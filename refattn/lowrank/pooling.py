@@ -219,9 +219,9 @@ def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None 
     r"""How far the ends lo and hi of L6, as `bound` computes them, may be inside the real ones, (T,).
 
     With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + D + 8} X`
-    for the largest count c. The upper end rises with slope at most 1 in R₊. Of the lower one, R₋ off by η makes
-    2cη, and η² in the variance, which that divides, and R₊R₋, at which it is cut, 2cη more. Evaluation is
-    within 32 roundings of 1 + R, R ≤ 2X. (`refattn.dropped.Blocks.log_means` rounds the variance outward.)
+    for the largest count c. The upper end has slope at most 1 in R₊, the lower one at most 2c in R₋ ≥ R₊/(c − 1); with
+    the variance, which is off by η² and cut at R₋R₊, it moves by at most 2cη more. Evaluation is within 32 roundings
+    of 1 + R, R ≤ 2X. What else the variance may be off by, `refattn.dropped.Blocks.deviation` rounds outward.
     """
     q, k = (np.abs(np.asarray(_check.array(s, x, f"{s} D"), np.float64)) for s, x in (("q", q), ("k", k)))
     most = max(_check.parts("size", size, k.shape[-2]), default=1)
@@ -319,10 +319,10 @@ def _enclosure(q: Array, v: Array, blocks: Blocks) -> tuple[Array, Array]:
     low, high = np.zeros((len(q), v.shape[1])), np.zeros((len(q), v.shape[1]))
     if len(v) == 0:
         return low, high
-    (least, most), (lo, hi) = blocks.reach(q), blocks.log_means(q)
+    span, (lo, hi) = blocks.deviation(q)
     s = np.log(blocks.count) + q @ blocks.centre.T
     peak = (s + hi).max(axis=1, keepdims=True)
-    up, down, moved = np.exp(s + hi - peak), np.exp(s + lo - peak), _moved(most - least, blocks.count)
+    up, down, moved = np.exp(s + hi - peak), np.exp(s + lo - peak), _moved(span, blocks.count)
     starts = np.cumsum(blocks.count) - blocks.count
     mean, top, bottom = _means(v, blocks.count), np.maximum.reduceat(v, starts), np.minimum.reduceat(v, starts)
     for e in range(v.shape[1]):
