@@ -30,7 +30,12 @@ def _none() -> Mapping[str, Any]:
 
 
 class Cost(NamedTuple):
-    """What one head costs: pairs formed, floating-point operations, and bytes of float64 read and written once."""
+    """What one head costs: pairs formed, floating-point operations, and bytes of float64 read and written once.
+
+    The operations are those of products, two for each multiply-add: what is done element by element, such as
+    exponentials, sums and divisions, is not among them. ``python -m benchmarks.complexity`` counts them in the verbs'
+    own code.
+    """
 
     pairs: int
     flops: int
