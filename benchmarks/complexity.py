@@ -5,9 +5,10 @@ and the products are what `cost` says, exactly.
 
 The second half measures: `attend` at six lengths n = T = S, each √2 times the one before, the longest of which takes
 about `LONGEST` seconds; medians of repeats that take turns; and the slope of log time on log n by least squares with
-its 95 % confidence interval (Student's t, 4 degrees of freedom). Time is that of the processor, on one thread: the
-work, which is what is claimed, whoever else is at the machine. The lengths are as long as patience allows, since fixed
-overheads flatten the slope. What they leave bends the line, and the interval is the wider for it.
+its 95 % confidence interval (Student's t, 4 degrees of freedom). Time is that of the processor, on one thread that
+keeps the memory it was given: the work, which is what is claimed, whoever else is at the machine. The lengths are as
+long as patience allows, since fixed overheads flatten the slope. What they leave bends the line, and the interval is
+the wider for it.
 
 What is claimed is the slope of `cost` between the same two ends. Options are held so that it means something: a
 window, a rank, a number of features stays; a block or a stride is √n. Exponents of the claims that could be mistaken
@@ -40,6 +41,10 @@ LONGEST = 0.2
 MOST = 2**16
 REPEATS = 5
 APART = 0.25
+
+THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+KEPT = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")  # glibc's: else some lengths pay for their pages each time
+ENVIRONMENT = dict.fromkeys(THREADS, "1") | dict.fromkeys(KEPT, str(2**32))
 
 Growth = Callable[[int], Any]
 
@@ -174,9 +179,9 @@ def main() -> int:
     columns("method", "option", "counted", "cost", "ratio", "elementwise", "verdict")
     counted = all([tally(name) for name in names])
     print(flush=True)
-    one = {f"{library}_NUM_THREADS": "1" for library in ("OPENBLAS", "OMP", "MKL")}
-    env = {**os.environ, **one, "VECLIB_MAXIMUM_THREADS": "1"}
-    code = subprocess.run([sys.executable, "-m", "benchmarks.complexity", "slopes"], env=env).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "benchmarks.complexity", "slopes"], env={**os.environ, **ENVIRONMENT}
+    ).returncode
     return 0 if counted and code == 0 else 1
 
 
