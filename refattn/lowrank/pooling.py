@@ -4,9 +4,10 @@ r"""Pooling: keys and values of each segment are replaced by their means.
     o_i = \sum_g p_{ig} \bar v_g, \qquad p_{ig} \propto c_g\, e^{\sigma q_i \cdot \bar k_g}, \qquad
     \bar k_g = \frac{1}{c_g} \sum_{j \in g} k_j, \quad \bar v_g = \frac{1}{c_g} \sum_{j \in g} v_j
 
-for segments g of c_g neighbouring keys. The count c_g makes it exact where the keys of each segment are equal; without
-it, as mean-pooled memories are often read, it is not, however equal they are. Every row sees every segment: there is
-no causal form. What the means lose is bounded by statement L6, which needs summaries of the segments alone.
+for segments g of c_g neighbouring keys. Mean pooling is Linformer's, Wang et al. 2020, arXiv:2006.04768, §4, and
+compressed memories', Rae et al. 2019, arXiv:1911.05507, without the counts. The count c_g makes it exact where the keys
+of each segment are equal; without it, it is not, however equal they are. Every row sees every segment: there is no
+causal form. What the means lose is bounded by statement L6, which needs summaries of the segments alone.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LEAST = 2.0**-900
 METHOD = Method(
     name="pooling",
     family="lowrank",
-    paper="means of segments, as in arXiv:1911.05507, §3.1; the counts make it exact for equal keys",
+    paper="arXiv:2006.04768, §4; arXiv:1911.05507",
     arrays={"q": "T D", "k": "S D", "v": "S E"},
     options={
         "size": Option(
