@@ -35,14 +35,16 @@ class Measure(NamedTuple):
         return self.goal is not None and not self.value <= self.goal
 
 
-def medians(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def medians(
+    works: Mapping[str, Callable[[], object]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Return the median time of each piece of work, over repeats in which they take turns."""
     times: dict[str, list[float]] = {key: [] for key in works}
     for _ in range(repeats):
         for key, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
-            times[key].append(time.perf_counter() - start)
+            times[key].append(clock() - start)
     return {key: statistics.median(taken) for key, taken in times.items()}
 
 

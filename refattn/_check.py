@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -125,6 +126,20 @@ def integer(name: str, value: Any, least: int) -> int:
     if n < least:
         raise ValueError(f"{name} is {n}; expected at least {least}")
     return n
+
+
+def parts(name: str, value: Any, length: int) -> list[int]:
+    """Return the sizes of the parts into which an axis is cut: an integer's worth each, or those of a sequence.
+
+    Of an integer the last part may be shorter; a sequence has to sum to the axis's length.
+    """
+    if not isinstance(value, (Sequence, np.ndarray)):
+        size = integer(name, value, 1)
+        return [min(size, length - start) for start in range(0, length, size)]
+    sizes = [integer(name, n, 1) for n in cast("Sequence[Any]", value)]
+    if sum(sizes) != length:
+        raise ValueError(f"{name} sums to {sum(sizes)}; expected {length}, the number of keys")
+    return sizes
 
 
 def choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:

@@ -16,6 +16,7 @@ Statements are numbered as in `proofs/README.md`, and `proofs/test_dropped.py` d
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from refattn import _check, engines, masks, softmax
 from refattn.heads import leads, matrix
 from refattn.masks import Mask, MaskLike, Pairs
 from refattn.partial import Partial
+from refattn.rounding import gamma
 
 Array = NDArray[np.float64]
 Form = Literal["two_point", "cosh", "box", "ball"]
@@ -145,8 +147,8 @@ class Blocks(NamedTuple):
     high: Any
 
     @classmethod
-    def of(cls, k: ArrayLike, size: int) -> Blocks:
-        """Summarise keys (..., S, D) in blocks of `size`; the last one may be shorter.
+    def of(cls, k: ArrayLike, size: int | Sequence[int]) -> Blocks:
+        """Summarise keys (..., S, D) in blocks of `size`, of which the last may be shorter, or of the sizes given.
 
         Examples
         --------
@@ -155,15 +157,14 @@ class Blocks(NamedTuple):
                [7.]])
         """
         k = np.asarray(_check.array("k", k, "S D"), np.float64)
-        size, S, D = _check.integer("size", size, 1), k.shape[-2], k.shape[-1]
-        starts = range(0, S, size)
-        few = (*k.shape[:-2], len(starts))
+        count, D = np.array(_check.parts("size", size, k.shape[-2]), np.int64), k.shape[-1]
+        few, stops = (*k.shape[:-2], len(count)), np.cumsum(count)
         out = cls(
-            np.array([min(size, S - start) for start in starts], np.int64),
+            count,
             np.zeros((*few, D)), np.zeros((*few, D, D)), np.zeros(few), np.zeros((*few, D)), np.zeros((*few, D)),
         )  # fmt: skip
-        for b, start in enumerate(starts):
-            keys = k[..., start : start + size, :]
+        for b, (start, stop) in enumerate(zip(stops - count, stops, strict=True)):
+            keys = k[..., start:stop, :]
             out.centre[..., b, :] = keys.mean(axis=-2)
             away = keys - out.centre[..., b : b + 1, :]
             out.covariance[..., b, :, :] = np.swapaxes(away, -1, -2) @ away / keys.shape[-2]
@@ -232,6 +233,49 @@ class Blocks(NamedTuple):
                 many = min(many + 1, limit)
         return Blocks(*(x[:, :many].reshape(*lead, many, *tail) for x, tail in zip(flat, tails, strict=True)))
 
+    def one(self, flat: int | np.intp) -> Blocks:
+        """Return the summaries at a flat index into the leading axes, as views."""
+        at = np.unravel_index(flat, self.centre.shape[:-2])
+        return Blocks(np.broadcast_to(self.count, self.radius.shape)[at], *(x[at] for x in self[1:]))
+
+    def deviation(self, q: Array) -> Deviation:
+        r"""Enclose what q·(k_j − c_b) is over each block (S2): blocks without leading axes, q (T, D) times the scale.
+
+        With variance ς², no key is farther than ς√(n_b − 1) from the mean, and no two are farther apart than ς√(2n_b).
+
+        Examples
+        --------
+        >>> x = Blocks.of([[-1.0], [1.0]], 2).deviation(np.array([[1.0]]))
+        >>> print(x.span.round(6), x.log_mean.low.round(6), x.log_mean.high.round(6), np.log(np.cosh(1.0)).round(6))
+        [[2.]] [[0.433781]] [[0.433781]] 0.433781
+        """
+        n, up, down = self.count, np.maximum(q, 0.0), np.minimum(q, 0.0)
+        above, below = (self.high - self.centre).T, (self.low - self.centre).T
+        ball = np.sqrt((q * q).sum(axis=1))[:, None] * self.radius
+        variance = np.zeros(ball.shape)
+        for b, covariance in enumerate(self.covariance):
+            variance[:, b] = ((q @ covariance) * q).sum(axis=1)
+        # What rounding leaves unknown of the variance goes outward: the upper end may rise steeply with it.
+        blur = gamma(2 * q.shape[1] + int(n.max(initial=0)) + 8) * np.square(ball)
+        most = np.maximum(variance, 0.0) + blur
+        far = np.minimum(ball, np.sqrt(most * (n - 1)))
+        left, right = -np.clip(-(up @ below + down @ above), 0.0, far), np.clip(up @ above + down @ below, 0.0, far)
+        # ς² ≤ R₋R₊, without which the lower end could pass R₊.
+        least = np.clip(variance - blur, 0.0, -left * right)
+        return Deviation(
+            np.minimum(right - left, np.sqrt(2 * n * most)), Interval(_two_point(left, least), _two_point(right, most))
+        )
+
+
+class Deviation(NamedTuple):
+    r"""What :math:`x_j = \sigma q \cdot (k_j - c_b)` is over the keys of each block, (T, B).
+
+    `span` is at least max x − min x, and `log_mean` encloses :math:`\ln \big(\tfrac{1}{n_b} \sum_j e^{x_j}\big)`.
+    """
+
+    span: Any
+    log_mean: Interval
+
 
 def mass_from_blocks(
     q: ArrayLike,
@@ -299,8 +343,7 @@ def mass_from_blocks(
     ends = Interval(np.zeros((*joined.shape, T)), np.zeros((*joined.shape, T)))
     for n in range(math.prod(joined.shape)):
         at = {name: int(index[n]) for name, index in joined.of.items()}
-        one = np.unravel_index(at["blocks"], blocks.centre.shape[:-2])
-        summary = Blocks(np.broadcast_to(blocks.count, blocks.radius.shape)[one], *(x[one] for x in blocks[1:]))
+        summary = blocks.one(at["blocks"])
         gone, own = matrix(left, at["dropped"]), lse[np.unravel_index(at["lse"], lse.shape[:-1])]
         for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
             end[np.unravel_index(n, joined.shape)] = _share(_lse(np.where(gone, level, -np.inf)), own)
@@ -498,24 +541,18 @@ def _norm(x: Array) -> Array:
 
 def _levels(q: Array, blocks: Blocks, form: str) -> tuple[Array, Array]:
     """Bound the log-sum-exp of each block, (T, B), from below and above; q is scaled."""
+    middle = np.log(blocks.count) + q @ blocks.centre.T
+    if form == "two_point":
+        low, high = blocks.deviation(q).log_mean
+        return middle + low, middle + high
     up, down = np.maximum(q, 0.0), np.minimum(q, 0.0)
     above, below = (blocks.high - blocks.centre).T, (blocks.low - blocks.centre).T
-    middle = np.log(blocks.count) + q @ blocks.centre.T
-    most, least = up @ above + down @ below, up @ below + down @ above
     ball = np.sqrt((q * q).sum(axis=1))[:, None] * blocks.radius
     if form == "box":
-        return middle + least, middle + most
+        return middle + up @ below + down @ above, middle + up @ above + down @ below
     if form == "ball":
         return middle - ball, middle + ball
-    if form == "cosh":
-        return middle, middle + np.logaddexp(ball, -ball) - math.log(2)
-    variance = np.zeros(middle.shape)
-    for b, covariance in enumerate(blocks.covariance):
-        variance[:, b] = ((q @ covariance) * q).sum(axis=1)
-    variance = np.maximum(variance, 0.0)
-    ball = np.minimum(ball, np.sqrt(variance * (blocks.count - 1)))
-    least, most = -np.clip(-least, 0.0, ball), np.clip(most, 0.0, ball)
-    return middle + _two_point(least, variance), middle + _two_point(most, variance)
+    return middle, middle + np.logaddexp(ball, -ball) - math.log(2)
 
 
 def _two_point(end: Array, variance: Array) -> Array:

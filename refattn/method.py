@@ -22,6 +22,8 @@ TABLE: tuple[str, ...] = (
     "refattn.sparse.longformer",
     "refattn.sparse.local_global",
     "refattn.lowrank.linformer",
+    "refattn.lowrank.pooling",
+    "refattn.lowrank.pooling",
     "refattn.kernel.linear_transformer",
     "refattn.kernel.performer",
     "refattn.kernel.gaussian",
@@ -36,7 +38,12 @@ def _none() -> Mapping[str, Any]:
 
 
 class Cost(NamedTuple):
-    """What one head costs: pairs formed, floating-point operations, and bytes of float64 read and written once."""
+    """What one head costs: pairs formed, floating-point operations, and bytes of float64 read and written once.
+
+    The operations are those of products, two for each multiply-add: what is done element by element, such as
+    exponentials, sums and divisions, is not among them. ``python -m benchmarks.complexity`` counts them in the verbs'
+    own code.
+    """
 
     pairs: int
     flops: int

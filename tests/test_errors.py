@@ -9,7 +9,7 @@ import pytest
 from refattn import Backend, bias, dropped, engines, linear, masks, method, partial, rounding, softmax
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
-from refattn.lowrank import linformer
+from refattn.lowrank import linformer, pooling
 from refattn.memory import segments
 from refattn.sparse import local_global, longformer, sparse_transformer
 from refattn.testing import Ball
@@ -357,6 +357,16 @@ CALLS = [
     ("limit", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(K, 0)),
     ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(DO, 1)),
     ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(np.ones((2, S, D)), 1)),
+    ("size", ValueError, lambda: pooling.attend(Q, K, V, size=0)),
+    ("size", ValueError, lambda: pooling.attend(Q, K, V, size=[S - 1])),
+    ("size", ValueError, lambda: pooling.bound(Q, K, V, size=[S, 0])),
+    ("size", TypeError, lambda: pooling.cost(T, S, D, E, size=2.0)),
+    ("size", TypeError, lambda: pooling.vjp(DO, Q, K, V, size="2")),
+    ("size", ValueError, lambda: dropped.Blocks.of(K, [1, S])),
+    ("counts", ValueError, lambda: pooling.weights(Q, K, size=2, counts="logs")),
+    ("radius", ValueError, lambda: pooling.bound_from_radius(-1.0, 1.0, 1.0)),
+    ("across", TypeError, lambda: pooling.bound_from_radius(1.0, 1.0, "1")),
+    ("ratio", ValueError, lambda: pooling.bound_from_radius(1.0, 1.0, 1.0, ratio=0.5)),
     ("state", TypeError, lambda: linear_transformer.step(3, DO, DO, DO)),
     ("state.s", ValueError, lambda: linear_transformer.step(linear.State(P, P), DO, DO, DO)),
     ("state.s", TypeError, lambda: linear_transformer.step(linear.State(P * 1j, P), DO, DO, DO)),

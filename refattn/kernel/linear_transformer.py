@@ -278,7 +278,7 @@ def cost(
     feature_map: FeatureMap = elu_plus_one,
     mask: MaskLike = None,
 ) -> Cost:
-    """Return what one head costs: no pair is formed, 2(r+1)(E+1) flops a key and a query each.
+    """Return what one head costs: no pair is formed, 2r(E+1) flops a key and a query each.
 
     >>> from refattn.kernel import linear_transformer
     >>> linear_transformer.cost(8, 8, 4, 4).pairs

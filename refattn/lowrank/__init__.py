@@ -1,5 +1,5 @@
 """Low-rank attention: keys and values are compressed along the sequence first."""
 
-from refattn.lowrank import linformer
+from refattn.lowrank import linformer, pooling
 
-__all__ = ["linformer"]
+__all__ = ["linformer", "pooling"]
