@@ -104,6 +104,9 @@ class Method:
     masks
         ``"any"``; ``"prefix"``: rows that see the first keys, never fewer than the row before, such as causal;
         ``"none"``: no mask argument.
+    causal
+        Whether rows see no key after their own position, whatever the mask: then it is measured against softmax
+        attention that is causal too, which its `exact` computes.
     approximates
         ``"softmax"``, or None: then it has no `bound`.
     rows
@@ -128,6 +131,7 @@ class Method:
     budget: str | None = None
     variants: tuple[Mapping[str, Any], ...] = ()
     masks: Literal["any", "prefix", "none"]
+    causal: bool = False
     approximates: Literal["softmax"] | None = "softmax"
     rows: Literal["stochastic", "sum to 1", "any"]
     permutable: bool
