@@ -7,6 +7,7 @@ off, on, … in strictly ascending order. Column S is never seen, so runs of nei
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +24,7 @@ Shape = tuple[int, ...]
 FAR = 2**60  # positions, distances and sizes up to here cannot overflow while the edges' axis is at most this long:
 FLAT = 2**62  # `merge` needs twice an edge and a bit
 AT_ONCE = 2**20  # edges, or pairs of a dense array, that are held at a time
+KEPT = 2**22  # bytes of answers that a bound mask remembers
 
 
 class Runs(NamedTuple):
@@ -154,7 +156,7 @@ class Pairs:
     T: int
     S: int
 
-    @property
+    @cached_property
     def lead(self) -> Shape:
         """The mask's leading axes."""
         return self.mask.lead
@@ -183,9 +185,12 @@ class Pairs:
         """
         self._one()
         i, j = _indices("rows", rows, self.T), _indices("keys", keys, self.S)
-        seen = self.mask._seen(i[:, None], (i + (self.S - self.T))[:, None], j)  # pyright: ignore[reportPrivateUsage]
-        shape = (len(i), len(j))
-        return seen if seen.shape == shape else np.broadcast_to(seen, shape).copy()
+
+        def find() -> tuple[Bools]:
+            p = (i + (self.S - self.T))[:, None]
+            return (np.broadcast_to(self.mask._seen(i[:, None], p, j), (len(i), len(j))),)  # pyright: ignore[reportPrivateUsage]
+
+        return self._remembered((i.tobytes(), j.tobytes()), find)[0]
 
     def runs(self, rows: slice | ArrayLike) -> Runs:
         """Return the intervals of keys that these rows see, in the rows' order; for one problem.
@@ -198,10 +203,14 @@ class Pairs:
         self._one()
         i = _indices("rows", rows, self.T)
         flat("rows", len(i), self.S)
-        edges, width = self._edges(i), self.S + 1
-        row = edges[::2] // width
-        indptr = np.searchsorted(row, np.arange(len(i) + 1)).astype(np.int64)
-        return Runs(indptr, edges[::2] - row * width, edges[1::2] - row * width)
+
+        def find() -> Runs:
+            edges, width = self._edges(i), self.S + 1
+            row = edges[::2] // width
+            indptr = np.searchsorted(row, np.arange(len(i) + 1)).astype(np.int64)
+            return Runs(indptr, edges[::2] - row * width, edges[1::2] - row * width)
+
+        return Runs(*self._remembered((i.tobytes(),), find))
 
     @cached_property
     def count(self) -> int | Ints:
@@ -244,6 +253,19 @@ class Pairs:
 
     def _edges(self, rows: Ints) -> Ints:
         return self.mask._edges(rows, rows + (self.S - self.T), self.S)  # pyright: ignore[reportPrivateUsage]
+
+    def _remembered(self, asked: tuple[bytes, ...], find: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """Return copies of what was found: heads that share a mask ask it the same, one after the other."""
+        found = self._memo.get(asked)
+        if found is None:
+            found = find()
+            if sum(x.nbytes for known in (found, *self._memo.values()) for x in known) <= KEPT:
+                self._memo[asked] = found
+        return tuple(np.array(x) for x in found)
+
+    @cached_property
+    def _memo(self) -> dict[tuple[bytes, ...], tuple[Any, ...]]:
+        return {}
 
     def _one(self) -> None:
         if self.lead:

@@ -23,7 +23,6 @@ TABLE: tuple[str, ...] = (
     "refattn.sparse.local_global",
     "refattn.lowrank.linformer",
     "refattn.lowrank.pooling",
-    "refattn.lowrank.pooling",
     "refattn.kernel.linear_transformer",
     "refattn.kernel.performer",
     "refattn.kernel.gaussian",
@@ -118,6 +117,9 @@ class Method:
     masks
         ``"any"``; ``"prefix"``: rows that see the first keys, never fewer than the row before, such as causal;
         ``"none"``: no mask argument.
+    causal
+        Whether rows see no key after their own position, whatever the mask: then it is measured against softmax
+        attention that is causal too, which its `exact` computes.
     approximates
         ``"softmax"``, or None: then it has no `bound`.
     rows
@@ -142,6 +144,7 @@ class Method:
     budget: str | None = None
     variants: tuple[Mapping[str, Any], ...] = ()
     masks: Literal["any", "prefix", "none"]
+    causal: bool = False
     approximates: Literal["softmax"] | None = "softmax"
     rows: Literal["stochastic", "sum to 1", "any"]
     permutable: bool

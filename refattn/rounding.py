@@ -188,10 +188,14 @@ class Bounded(Arithmetic):
 
     def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
         """Return o and lse of exact attention with the definition's rounding: F1 and F2."""
-        T, S, _, _ = one.problem.sizes
+        T, S, _, width = one.problem.sizes
+        o, E, lse, E_lse = np.zeros((T, width)), np.zeros((T, width)), np.full(T, -np.inf), np.zeros(T)
+        rows = np.arange(T)
+        if one.pairs is not None and one.sink is None:  # the others answer 0
+            rows = np.concatenate([x[one.pairs.seen(x, slice(None)).any(axis=1)] for x in tiles(rows, S)])
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite has no bound
-            parts = [_Rows(one, rows).answer() for rows in tiles(np.arange(T), S)]
-        o, E, lse, E_lse = map(np.concatenate, zip(*parts, strict=True))
+            for some in tiles(rows, S):
+                o[some], E[some], lse[some], E_lse[some] = _Rows(one, some).answer()
         return Bounded(o, E), Bounded(lse, E_lse)
 
     def softmax_backward(
@@ -410,12 +414,7 @@ class _Rows:
         self.e_sink, self.p_sink = (np.zeros(len(p)),) * 2 if one.sink is None else (e[:, S], p[:, S])
         self.o = mix(self.p, v.value, seen)
         pe, size = self.p * np.exp(self.e), v.bulk()
-        tilted = self.p * np.expm1(self.e)
-        tilt, high = np.zeros(self.o.shape), np.zeros(self.o.shape)
-        for c in range(size.shape[1]):
-            apart = np.abs(v.value[:, c] - self.o[:, c : c + 1])
-            tilt[:, c] = (tilted * np.where(seen, apart, 0.0)).sum(axis=1)
-            high[:, c] = np.where(seen, size[:, c], 0.0).max(axis=1, initial=0.0)
+        tilt, high = _spans(self.p * np.expm1(self.e), v.value, self.o, size, seen, sure[:, 0])
         tilt = tilt + (self.p_sink * np.expm1(self.e_sink))[:, None] * np.abs(self.o)
         error = tilt + G * mix(pe, size, seen) + G * np.abs(self.o) * up + mix(pe, v.error, seen)
         error = error + lost * (1 + high + np.abs(self.o))
@@ -435,6 +434,25 @@ class _Rows:
     def answer(self) -> tuple[Array, Array, Array, Array]:
         """Return o and lse, each with its bound."""
         return self.o, self.E, self.lse, self.E_lse
+
+
+def _spans(tilted: Array, v: Array, o: Array, size: Array, seen: NDArray[np.bool_], sure: NDArray[np.bool_]) -> Any:
+    """Return Σ_j tilted_ij |v_jc − o_ic| and the largest |v_jc| that row i sees, or more where the row is sure.
+
+    There the latter only meets what underflow takes. What is not seen has no tilt, which hides it where it is finite.
+    """
+    tilt, high, apart = np.zeros(o.shape), np.zeros(o.shape), np.empty(tilted.shape)
+    clean = bool(np.isfinite(2 * size).all())  # then so are distances
+    some = np.flatnonzero(~sure) if clean else np.arange(len(o))
+    if clean:
+        high[:] = size.max(axis=0, initial=0.0)
+    for c in range(o.shape[1]):
+        np.abs(np.subtract(v[:, c], o[:, c : c + 1], out=apart), out=apart)
+        if not clean:
+            apart[~seen] = 0.0
+        tilt[:, c] = np.multiply(tilted, apart, out=apart).sum(axis=1)
+        high[some, c] = np.where(seen[some], size[:, c], 0.0).max(axis=1, initial=0.0)
+    return tilt, high
 
 
 def _bias(one: One, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> Bounded | None:

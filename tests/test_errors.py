@@ -10,7 +10,7 @@ from refattn import Backend, bias, dropped, engines, linear, masks, method, part
 from refattn import perturbation as pt
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer, pooling
-from refattn.memory import segments
+from refattn.memory import memformer, segments
 from refattn.sparse import local_global, longformer, sparse_transformer
 from refattn.testing import Ball
 

@@ -47,6 +47,7 @@ METHOD = Method(
     budget="memory",
     variants=({"sinks": 4}, {"length": 32}),
     masks="any",
+    causal=True,
     rows="stochastic",
     permutable=False,
     claims=(Claim(verb="bound", statement="S1"),),

@@ -62,6 +62,7 @@ METHOD = Method(
     budget="length",
     variants=({"pattern": "fixed"},),
     masks="any",
+    causal=True,
     rows="stochastic",
     permutable=False,
     claims=(Claim(verb="bound", statement="S1"),),

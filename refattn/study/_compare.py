@@ -1,54 +1,35 @@
-"""The sweep: every method that approximates softmax, over its budgets, against exact attention."""
+"""The sweep: every method over its budgets, against exact attention."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, masks, method, perturbation, rounding, softmax
-from refattn._mix import tiles
-from refattn.heads import leads, matrix
-from refattn.masks import MaskLike, Pairs
-from refattn.method import REQUIRED, accepted
-from refattn.study._read import finite
-from refattn.study._table import Row, Table
+from refattn import _check, rounding, softmax
+from refattn.masks import MaskLike
+from refattn.method import accepted
+from refattn.study._draws import Trials
+from refattn.study._exact import References
+from refattn.study._sweep import Inputs, Sweep, arguments, chosen, claims_over, drawn, sweeps
+from refattn.study._table import Row, Table, over, rms
 
 Array = NDArray[np.float64]
-Source = Literal["draw", "fit"] | None
-
-
-class _Sweep(NamedTuple):
-    """One row to be: a method at one budget, with its other options and where its drawn arrays come from."""
-
-    name: str
-    module: ModuleType
-    budget: tuple[str, Any] | None
-    options: dict[str, Any]
-    source: Source
-
-
-class _Exact(NamedTuple):
-    """Exact attention of one problem, its rounding, and the range of v over the keys that each row sees."""
-
-    o: Array
-    rounding: Array
-    spread: Array
 
 
 class _Measured(NamedTuple):
-    """One problem, elementwise: |õ − o|, the range of v, the claim, and what rounding may add to the error and it."""
+    """All problems, elementwise: |õ − o|, the range of v, the claim, what rounding may add; seconds and flops."""
 
     error: Array
     spread: Array
     bound: Array | None
     slack: Array
     seconds: float
+    flops: int
 
 
 def compare(
@@ -60,20 +41,31 @@ def compare(
     scale: float | None = None,
     methods: Sequence[str] | None = None,
     seed: int = 0,
+    delta: float = 0.05,
+    rows: int = 4,
+    trials: int = 200,
     title: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Table:
     r"""Measure how far each efficient attention is from exact softmax on these arrays, and check its bound.
 
-    Each method that approximates softmax is swept over the typical values of its budget, its other options at their
-    defaults. A method that takes the mask is measured against exact attention with that mask; one that cannot, such
-    as Linformer, against unmasked attention, and the row says so. Cost is always a part of exact attention with the
-    mask. A bound holds where, in every element,
+    Each method is swept over the typical values of its budget, its other options at their defaults. A method that takes
+    the mask is measured against exact attention with that mask; one that cannot, such as Linformer, against unmasked
+    attention; one that is causal whatever the mask, such as Sparse Transformer, against causal attention; the row says
+    so. Cost is always a part of exact attention with the mask, so that it compares across rows; without a mask, what a
+    causal method saves by being causal is in it. A bound holds where, in every element,
 
     .. math:: |\mathrm{fl}(\tilde o) - \mathrm{fl}(o)| \le \mathrm{bound} + \mathrm{rounding}
 
     with the rounding of both answers, derived from the arrays by `refattn.rounding.allowance`, and of the bound itself.
-    Where an answer or its rounding is not finite, as when logits or values overflow, there is nothing to compare.
+    Where an answer or its rounding is not finite, as when logits or values overflow, there is nothing to compare. A
+    method that approximates nothing, or of which nothing is claimed, has errors and no bound.
+
+    A claim over the draw, that the inequality holds with probability 1 − δ in each element, has rows of its own: it is
+    tried in fresh draws on some rows of every head, and convicted where an element fails in more of them than the
+    binomial distribution lets a true claim, but for a probability of 10⁻⁹ over all elements of the table. At δ = 0.05
+    and 200 draws that is 41 failures at 10⁵ elements: half the quantile of a normal error, which fails in a third of
+    all draws, is convicted at any one element with probability 0.9999.
 
     Parameters
     ----------
@@ -90,7 +82,13 @@ def compare(
     methods : sequence of str, optional
         Names from the table of methods; all of them unless given.
     seed : int
-        Seeds the generator of each row's drawn arrays.
+        Seeds the generator of each row's drawn arrays, and of the draws and rows on which claims are tried.
+    delta : float
+        δ of the claims over the draw.
+    rows : int
+        How many rows of each head such claims are tried on, the same for all heads.
+    trials : int
+        In how many draws.
     title : str
         What the table is called.
     progress : callable, optional
@@ -103,7 +101,8 @@ def compare(
     Raises
     ------
     ValueError, TypeError
-        Arrays that do not fit, hold NaN or infinity, or are empty; an unknown method.
+        Arrays that do not fit, hold NaN or infinity, or are empty; an unknown method; fewer trials than it takes to
+        convict anything.
 
     Examples
     --------
@@ -115,172 +114,82 @@ def compare(
     >>> all(row.holds for row in table.rows)
     True
     """
-    given = {name: finite(name, x, axes) for name, x, axes in (("q", q, "T D"), ("k", k, "S D"), ("v", v, "S E"))}
-    (T, D), (S, E) = given["q"].shape[-2:], given["v"].shape[-2:]
-    _check.size("k", given["k"].shape[-1], D, "D", "q")
-    _check.size("v", S, given["k"].shape[-2], "S", "k")
-    sizes = {"T": T, "S": S, "D": D, "E": E}
-    _check.scale(scale, D)
+    inputs = Inputs(q, k, v, mask, scale)
     seed = _check.integer("seed", seed, 0)
-    pairs = masks.bind(mask, T, S)
-    queries = {"q": given["q"].shape[:-2]} | ({} if pairs is None else {"mask": pairs.lead})
-    keyed = {name: given[name].shape[:-2] for name in "kv"}
-    lead = leads(queries, keyed)
-    heads = math.prod(lead.shape)
-    if min(*sizes.values(), heads) == 0:
-        raise ValueError(f"q, k and v leave nothing to compare: {sizes} and {heads} heads")
-    seen = [None] * heads if pairs is None else [pairs.take(int(n)) for n in lead.of["mask"]]
-    takes = {
-        "any": pairs is not None,
-        "prefix": pairs is not None and masks.prefix_ends(pairs) is not None,
-        "none": False,
-    }
-    whole = sum(softmax.cost(**sizes, mask=one).flops for one in seen)
-    sweeps = list(_sweeps(_chosen(methods), sizes))
+    plan, references = list(sweeps(chosen(methods), inputs.sizes)), References(inputs)
+    claims = Trials(inputs, references, plan, seed=seed, delta=delta, rows=rows, trials=trials)
+    report, total, done = progress or _silent, (len(plan) + len(claims.plan)) * inputs.heads, 0
 
-    report, total = progress or _silent, len(sweeps) * heads
+    def step() -> None:
+        nonlocal done
+        done += 1
+        report(done, total)
+
     report(0, total)
-    exacts: dict[tuple[int, bool], _Exact] = {}
-    rows: list[Row] = []
-    for sweep in sweeps:
-        drawn = _drawn(sweep, given, scale, seed)
-        axes = {name: len(sweep.module.METHOD.arrays[name].split()) for name in drawn}
-        of = leads(queries, keyed | {name: x.shape[: x.ndim - axes[name]] for name, x in drawn.items()}).of
-        masked = takes[sweep.module.METHOD.masks]
-        found: list[_Measured] = []
-        flops = 0
-        for n in range(heads):
-            parts = ((name, matrix(x, of[name][n], axes.get(name, 2))) for name, x in (given | drawn).items())
-            one = {name: np.asarray(x, np.float64) for name, x in parts}
-            mine = seen[n] if masked else None
-            common = {"mask": mine, "scale": scale} | sweep.options
-            if (n, masked) not in exacts:
-                exacts[n, masked] = _exact(one, mine, scale)
-            flops += sweep.module.cost(**sizes, **accepted(sweep.module.cost, common)).flops
-            found.append(_measure(sweep.module, one, exacts[n, masked], common))
-            report(len(rows) * heads + n + 1, total)
-        reference = "softmax, same mask" if masked else "softmax, unmasked"
-        rows.append(_row(sweep, reference, flops / whole if whole else math.nan, found))
-    return Table(rows, title)
+    whole = sum(softmax.cost(**inputs.sizes, mask=inputs.taken(inputs.pairs, n)).flops for n in range(inputs.heads))
+    with np.errstate(all="ignore"):  # the table says what is not finite
+        measured = ((sweep, _measure(sweep, inputs, references, seed, step)) for sweep in plan)
+        found = [_row(sweep, references.text(sweep.declared), whole, one) for sweep, one in measured]
+        costs = {id(sweep): row.cost for sweep, row in zip(plan, found, strict=True)}
+        found += [claims.row(sweep, claim, costs[id(sweep)], step) for sweep, claim in claims.plan]
+    return Table(found, title)
 
 
 def _silent(done: int, total: int) -> None:
     pass
 
 
-def _chosen(names: Sequence[str] | None) -> list[ModuleType]:
-    known = {name: m for name, m in method.modules().items() if m.METHOD.approximates == "softmax"}
-    if names is None:
-        return list(known.values())
-    if isinstance(names, str):
-        raise TypeError(f"methods is {names!r}; expected a sequence of names")
-    if not names:
-        raise ValueError(f"methods is empty; expected some of {', '.join(map(repr, known))}")
-    for name in names:
-        _check.choice("methods", name, tuple(known))
-    return [known[name] for name in names]
+def _measure(sweep: Sweep, inputs: Inputs, references: References, seed: int, step: Callable[[], None]) -> _Measured:
+    declared, module = sweep.declared, sweep.module
+    made = drawn(sweep, inputs, np.random.default_rng(seed))
+    pairs, options = inputs.mask(declared), {"scale": inputs.scale} | sweep.options | made.options
+    positional, named = arguments(declared, inputs.arrays | made.arrays)
 
+    def whole(verb: Callable[..., Any]) -> Array:
+        answer = np.asarray(verb(*positional, **named, **accepted(verb, {"mask": pairs} | options)), np.float64)
+        T, E = inputs.sizes["T"], inputs.sizes["E"]
+        return np.broadcast_to(answer, (*inputs.shape, T, E)).reshape(inputs.heads, T, E)
 
-def _sweeps(modules: Sequence[ModuleType], sizes: Mapping[str, int]) -> Iterator[_Sweep]:
-    """Yield the rows to be, method by method, from the cheapest budget to the dearest."""
-    for module in modules:
-        declared: method.Method = module.METHOD
-        every = {**declared.draw_options, **declared.options}
-        base = {
-            name: option.values(sizes)[0]
-            for name, option in every.items()
-            if option.default is REQUIRED and name != declared.budget
-        }
-        swept = (None,) if declared.budget is None else every[declared.budget].values(sizes)
-        budgets = [None if declared.budget is None else (declared.budget, x) for x in swept]
-        variants: tuple[Mapping[str, Any], ...] = ({}, *declared.variants)
-        for extra in variants:
-            variant = "".join(f", {name}={value}" for name, value in extra.items())
-            for source in _sources(module):
-                note = " (fit)" if source == "fit" else ""
-                for budget in budgets:
-                    options = base | dict(extra) | ({} if budget is None else {budget[0]: budget[1]})
-                    yield _Sweep(declared.name + note + variant, module, budget, options, source)
-
-
-def _sources(module: ModuleType) -> tuple[Source, ...]:
-    if not module.METHOD.drawn:
-        return (None,)
-    return ("draw", "fit") if hasattr(module, "fit") else ("draw",)
-
-
-def _drawn(sweep: _Sweep, given: Mapping[str, Any], scale: float | None, seed: int) -> dict[str, Any]:
-    """Draw or fit the method's own arrays, for all heads at once."""
-    if sweep.source is None:
-        return {}
-    verb, options = getattr(sweep.module, sweep.source), {"scale": scale} | sweep.options
-    first = (np.random.default_rng(seed),) if sweep.source == "draw" else ()
-    arrays = verb(*first, *(given[name] for name in "qkv"), **accepted(verb, options))
-    return dict(zip(sweep.module.METHOD.drawn, arrays, strict=True))
-
-
-def _exact(one: Mapping[str, Array], seen: Pairs | None, scale: float | None) -> _Exact:
-    q, k, v = (one[name] for name in "qkv")
-    T, S = len(q), len(k)
-    spread = np.zeros((T, v.shape[1]))
-    for rows in tiles(np.arange(T), S):
-        spread[rows] = perturbation.spread(v, None if seen is None else seen.seen(rows, np.arange(S)))
-    o = np.asarray(softmax.attend(q, k, v, mask=seen, scale=scale), np.float64)
-    return _Exact(o, rounding.allowance(softmax.attend, q, k, v, mask=seen, scale=scale), spread)
-
-
-def _measure(module: ModuleType, one: Mapping[str, Array], exact: _Exact, common: Mapping[str, Any]) -> _Measured:
-    declared: method.Method = module.METHOD
-    arrays = [one[name] for name in declared.required]
-    options = accepted(module.attend, common)
     start = time.perf_counter()
-    o = np.asarray(module.attend(*arrays, **options), np.float64)
+    o = whole(module.attend)
     seconds = time.perf_counter() - start
-    own = rounding.allowance(module.attend, *arrays, **options)
-    error = np.abs(o - exact.o)
-    slack = exact.rounding + own + rounding.U * error
-    claim = next((c for c in declared.claims if c.over == "arrays"), None)
-    if claim is None:
-        return _Measured(error, exact.spread, None, slack, seconds)
-    verb = getattr(module, claim.verb)
-    bound = np.broadcast_to(verb(*arrays, **accepted(verb, common)), error.shape)
-    evaluation = rounding.claim_rounding(module, one, common)
-    return _Measured(error, exact.spread, bound, slack + own + evaluation, seconds)  # õ is in the claim too
+    claim = next(claims_over(declared, "arrays"), None)
+    bound = None if claim is None else whole(getattr(module, claim.verb))
+    error, spread, slack, flops = np.empty_like(o), np.empty_like(o), np.empty_like(o), 0
+    for n, one in inputs.problems(made, declared):
+        mine = {"mask": inputs.taken(pairs, n)} | options
+        exact = references.of(sweep, one, n, options)
+        alone, by_name = arguments(declared, one)
+        own = rounding.allowance(module.attend, *alone, **by_name, **accepted(module.attend, mine))
+        error[n], spread[n] = np.abs(o[n] - exact.o), exact.spread
+        slack[n] = exact.rounding + own + rounding.U * error[n]
+        if claim is not None:
+            slack[n] = slack[n] + own + rounding.claim_rounding(module, one, mine)  # õ is in the claim too
+        flops += module.cost(**inputs.sizes, **accepted(module.cost, mine)).flops
+        step()
+    return _Measured(error, spread, bound, slack, seconds, flops)
 
 
-def _over(x: Array, spread: Array) -> Array:
-    """Return x ÷ spread; where all values that a row sees are one, its answer is known: 0 stays 0, the rest is ∞."""
-    return np.divide(x, spread, out=np.where(x > 0, np.inf, x), where=spread > 0)
-
-
-def _row(sweep: _Sweep, reference: str, cost: float, found: Sequence[_Measured]) -> Row:
-    error, spread, slack = (np.array([getattr(x, field) for x in found]) for field in ("error", "spread", "slack"))
+def _row(sweep: Sweep, reference: str, whole: int, measured: _Measured) -> Row:
+    error, spread, bound, slack, seconds, flops = measured
     known = np.isfinite(error) & np.isfinite(slack)
     sure = known & (error > slack)
     row = Row(
         method=sweep.name,
-        budget="" if sweep.budget is None else f"{sweep.budget[0]}={sweep.budget[1]}",
+        budget=sweep.text,
         reference=reference,
-        cost=cost,
+        cost=flops / whole if whole else math.nan,
         error_max=float(error.max()),
-        error_rms=_rms(error),
-        error_relative=_rms(_over(np.where(np.isfinite(error) & ~sure, 0.0, error), spread)),
-        seconds=sum(x.seconds for x in found),
+        error_rms=rms(error),
+        error_relative=rms(over(np.where(np.isfinite(error) & ~sure, 0.0, error), spread)),
+        seconds=seconds,
     )
-    bounds = [x.bound for x in found if x.bound is not None]
-    if not bounds:
+    if bound is None:
         return row
-    bound = np.array(bounds)
     kept = (error <= bound + slack)[known].all()
     return row._replace(
         bound_max=float(bound.max()),
-        bound_relative=_rms(_over(bound, spread)),
+        bound_relative=rms(over(bound, spread)),
         bound_ratio=float(np.median(bound[sure] / error[sure])) if sure.any() else math.nan,
         holds=(True if known.all() else None) if kept else False,
     )
-
-
-def _rms(x: Array) -> float:
-    """Return the root mean square, whose squares neither overflow nor underflow together."""
-    top = float(x.max())
-    return top * float(np.sqrt(np.mean(np.square(x / top)))) if 0 < top < np.inf else top

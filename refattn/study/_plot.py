@@ -13,7 +13,7 @@ from refattn.study._table import Row, Table
 def plot(path: str | PathLike[str], tables: Sequence[Table]) -> None:
     """Draw error ÷ spread against flops ÷ exact on log axes as a PNG: a panel a table, the proved bounds dashed.
 
-    What a log axis has no place for, zeros and what is not finite, is left out.
+    What a log axis has no place for, zeros and what is not finite, is left out; so are claims over the draw.
 
     Parameters
     ----------
@@ -30,8 +30,9 @@ def plot(path: str | PathLike[str], tables: Sequence[Table]) -> None:
     for n, table in enumerate(tables):
         axes: Any = figure.add_subplot(1, len(tables), n + 1)
         by_method: dict[str, list[Row]] = {}
-        mixed = len({row.reference for row in table.rows}) > 1
-        for row in table.rows:
+        shown = [row for row in table.rows if row.vacuous is None]
+        mixed = len({row.reference for row in shown}) > 1
+        for row in shown:
             by_method.setdefault(f"{row.method} ({row.reference})" if mixed else row.method, []).append(row)
         for shade, (name, rows) in enumerate(by_method.items()):
             errors = [(r.cost, r.error_relative) for r in rows if _fits(r.cost, r.error_relative)]
@@ -41,8 +42,8 @@ def plot(path: str | PathLike[str], tables: Sequence[Table]) -> None:
                 axes.plot(*zip(*points, strict=True) if points else ((), ()), style, color=colour, label=label)
         axes.plot((), (), "--", color="grey", label="proved bound")
         axes.axhline(1.0, color="lightgrey", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="flops ÷ exact", xlim=_limits(r.cost for r in table.rows))
-        axes.set(ylim=_limits([1.0, *(y for r in table.rows for y in (r.error_relative, r.bound_relative))]))
+        axes.set(xscale="log", yscale="log", xlabel="flops ÷ exact", xlim=_limits(r.cost for r in shown))
+        axes.set(ylim=_limits([1.0, *(y for r in shown for y in (r.error_relative, r.bound_relative))]))
         axes.set_title(table.title.encode("utf-8", "replace").decode(), parse_math=False)
         axes.set_ylabel("error ÷ spread of v (root mean square)")
         axes.legend(fontsize="small")

@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     import rich.text
+
+Array = NDArray[np.float64]
 
 
 class Row(NamedTuple):
@@ -17,7 +22,7 @@ class Row(NamedTuple):
     Parameters
     ----------
     method
-        The method's name, and its variant in brackets or after a comma.
+        The method's name, and its variant in brackets or after a comma. A claim over the draw has rows of its own.
     budget
         Such as ``"window=38"``; ``""`` where the method has none.
     reference
@@ -38,6 +43,13 @@ class Row(NamedTuple):
     holds
         Whether every element's error is within bound and rounding; None where there is no claim, or where some
         answer or its rounding is not finite and no other element fails.
+    covered
+        Of a claim that holds with probability 1 − δ: the part of all draws and elements in which it held. `holds` then
+        says whether no element failed in more draws than the binomial distribution allows.
+    vacuous
+        Of such a claim: the part of elements that it says nothing of, its bound being infinite. The other columns are
+        about the rest, errors in every draw; `bound_ratio` is the median of bound ÷ the error's 1 − δ quantile. NaN
+        errors and an infinite bound where it says nothing at all.
     """
 
     method: str
@@ -52,6 +64,8 @@ class Row(NamedTuple):
     bound_relative: float | None = None
     bound_ratio: float | None = None
     holds: bool | None = None
+    covered: float | None = None
+    vacuous: float | None = None
 
 
 HEADINGS: Mapping[str, str] = {
@@ -67,6 +81,19 @@ HEADINGS: Mapping[str, str] = {
     "holds": "holds",
 }
 """What is above each column of the text."""
+HEADINGS_OVER_DRAWS: Mapping[str, str] = {
+    "budget": "budget",
+    "error_max": "error max",
+    "error_relative": "error÷ spread",
+    "bound_max": "bound max",
+    "bound_relative": "bound÷ spread",
+    "bound_ratio": "bound÷ error",
+    "vacuous": "vac- uous",
+    "covered": "covered",
+    "seconds": "s",
+    "holds": "holds",
+}
+"""And above those of claims over the draw."""
 
 
 class Table:
@@ -98,17 +125,9 @@ class Table:
 
     def __str__(self) -> str:
         """Return plain text: a line for each row under its method, and one for each violated claim."""
-        above = [["", *heading.split(" ", 1)][-2:] for heading in HEADINGS.values()]
-        cells = [*zip(*above, strict=True), *([_cell(row, name) for name in HEADINGS] for row in self.rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [" ".join([one.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for one, *rest in cells]
-        text = [self.title] * bool(self.title) + lines[:2]
-        group = None
-        for row, line in zip(self.rows, lines[2:], strict=True):
-            if (row.method, row.reference) != group:
-                group = row.method, row.reference
-                text.append(f"{row.method}, against {row.reference}")
-            text.append(line)
+        text = [self.title] * bool(self.title)
+        for headings, over_draws in ((HEADINGS, False), (HEADINGS_OVER_DRAWS, True)):
+            text += _block([row for row in self.rows if (row.vacuous is not None) == over_draws], headings)
         return "\n".join([*(line.rstrip() for line in text), *self.violations])
 
     def __rich__(self) -> rich.text.Text:
@@ -123,7 +142,8 @@ class Table:
     def violations(self) -> tuple[str, ...]:
         """One sentence for each claim that failed."""
         return tuple(
-            f"VIOLATED: {row.method} {row.budget}".rstrip() + ": an error is above its bound and rounding"
+            f"VIOLATED: {row.method} {row.budget}".rstrip()
+            + (": an error is above its bound and rounding" if row.vacuous is None else ": it fails in too many draws")
             for row in self.rows
             if row.holds is False
         )
@@ -137,9 +157,28 @@ def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
         writer.writerows([table.title, *row] for table in tables for row in table.rows)
 
 
+def _block(rows: Sequence[Row], headings: Mapping[str, str]) -> list[str]:
+    """Return the lines of rows with the same columns, under their headings."""
+    if not rows:
+        return []
+    above = [["", *heading.split(" ", 1)][-2:] for heading in headings.values()]
+    cells = [*zip(*above, strict=True), *([_cell(row, name) for name in headings] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [" ".join([one.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for one, *rest in cells]
+    text, group = lines[:2], None
+    for row, line in zip(rows, lines[2:], strict=True):
+        if (row.method, row.reference) != group:
+            group = row.method, row.reference
+            text.append(f"{row.method}, against {row.reference}")
+        text.append(line)
+    return text
+
+
 def _cell(row: Row, name: str) -> str:
     x: Any = getattr(row, name)
-    if name == "holds" and x is None and row.bound_max is not None:
+    if row.vacuous == 1 and name == "bound_max":
+        return "vacuous"
+    if name == "holds" and x is None and row.bound_max is not None and row.vacuous != 1:
         return "not finite"
     if x is None or x == "" or x != x:
         return "—"
@@ -149,4 +188,23 @@ def _cell(row: Row, name: str) -> str:
         return x
     if name == "seconds":
         return f"{x:.2f}"
+    if name in ("covered", "vacuous"):
+        return _part(x)
     return f"{x:.3g}" if x == 0 or 1e-3 <= x < 1e3 else f"{x:.1e}"
+
+
+def _part(x: float) -> str:
+    """Show a part of all, such that only none is 0 and only all is 1."""
+    text = f"{x:.4g}"
+    return text if text not in ("0", "1") or x in (0, 1) else ("<1e-4" if x < 0.5 else ">.9999")
+
+
+def over(x: Array, spread: Array) -> Array:
+    """Return x ÷ spread; where all values that a row sees are one, its answer is known: 0 stays 0, the rest is ∞."""
+    return np.divide(x, spread, out=np.where(x > 0, np.inf, x), where=spread > 0)
+
+
+def rms(x: Array) -> float:
+    """Return the root mean square, whose squares neither overflow nor underflow together."""
+    top = float(x.max())
+    return top * float(np.sqrt(np.mean(np.square(x / top)))) if 0 < top < np.inf else top
