@@ -119,7 +119,7 @@ class Method:
         ``"none"``: no mask argument.
     causal
         Whether rows see no key after their own position, whatever the mask: then it is measured against softmax
-        attention that is causal too, which its `exact` computes.
+        attention that is causal too.
     approximates
         ``"softmax"``, or None: then it has no `bound`.
     rows

@@ -65,6 +65,7 @@ METHOD = Method(
     linear_in=(),
     budget="slots",
     masks="none",
+    causal=True,
     approximates=None,
     rows="stochastic",
     permutable=False,

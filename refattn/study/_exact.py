@@ -56,10 +56,11 @@ class References:
         if own is not None:
             verb, arrays, given = own, accepted(own, one), accepted(own, options)
         pairs = self._inputs.mask(declared)
+        seen = self.seen(declared) if own is None else pairs
         key = verb, n, pairs is None, declared.causal, *((name, id(x)) for name, x in given.items())
         known = self._known.get(key)
         if known is None or set(arrays) & set(declared.drawn):
-            common = {"mask": self._inputs.taken(pairs, n), "scale": self._inputs.scale}
+            common = {"mask": self._inputs.taken(seen, n), "scale": self._inputs.scale}
             positional, named = arguments(declared, arrays)
             call = named | given | accepted(verb, common)
             o = np.asarray(verb(*positional, **call), np.float64)
