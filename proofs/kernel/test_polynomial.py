@@ -253,6 +253,19 @@ def judge_spread(tight: Tight, case: Case) -> float:
     return tight("K1", error, bound, room + slack(bound, 8))
 
 
+@given(logits=st.lists(grid(-16, 4), min_size=1, max_size=6), degree=st.sampled_from([2, 4, 8, 12]), form=FORMS)
+def test_the_logarithm_of_the_kernel_is_as_far_off_as_the_claim_is_charged(
+    logits: list[float], degree: int, form: Any
+) -> None:
+    """T_12 cancels to about e^−4 of its terms near s = −4; so does 1 + s/d, near its zero."""
+    assume(form == "taylor" or -degree not in logits)
+    s = np.array(logits)
+    values = polynomial._horner(s, degree) if form == "taylor" else polynomial._power(s / degree + 1, degree)
+    truth = [real(kappa(Fraction(x), degree, form)).log() - arb(x) for x in logits]
+    charged = polynomial.claim_logits([[1.0]], s[:, None], degree=degree, form=form, scale=1.0)
+    assert_within(np.log(values) - s, Ball(np.array(truth, object)), charged)
+
+
 def test_two_keys_reach_it(tight: Tight) -> None:
     k = np.array(copies(-2.0, 2.0, 2, "taylor"))[:, None]
     arrays = {"q": np.ones((1, 1)), "k": k, "v": (k < 0).astype(float)}
