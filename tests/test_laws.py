@@ -131,9 +131,16 @@ def grouped_heads_are_repeated_heads(module, data):
     keyed = [name for name in case.arrays if letters(case, name) and "T" not in letters(case, name)]
     few = {name: np.stack([case.arrays[name], case.arrays[name][::-1]]) for name in keyed}
     many = {name: np.stack([case.arrays[name]] * 4) for name in case.arrays if name not in keyed}
-    grouped = case.given(**few, **many).attend()
-    repeated = case.given(**{name: np.repeat(x, 2, axis=0) for name, x in few.items()}, **many).attend()
-    within(grouped, repeated, 2 * allowance(case) + 2 * allowance(case.given(**{name: few[name][1] for name in keyed})))
+    grouped = case.given(**few, **many)
+    repeated = case.given(**{name: np.repeat(x, 2, axis=0) for name, x in few.items()}, **many)
+    alone = [case, case.given(**{name: few[name][1] for name in keyed})]
+    within(grouped.attend(), repeated.attend(), 2 * sum(map(allowance, alone)))
+    do = np.ones_like(grouped.attend())
+    whole, parts, rooms = grouped.vjp(do), repeated.vjp(do), [gradient_allowance(x, do[0]) for x in alone]
+    for name in keyed:  # a key that two heads share gets what reaches either
+        for n, (one, other) in enumerate(zip(parts[name][::2], parts[name][1::2], strict=True)):
+            room = 4 * rooms[n][name] + 2 * rounding.gamma(2) * (abs(one) + abs(other) + 2 * rooms[n][name])
+            within(whole[name][n], one + other, room)
 
 
 @law(declares(permutable=(True,)))

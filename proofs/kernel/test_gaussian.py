@@ -133,6 +133,23 @@ def test_it_is_the_spread_of_the_logarithmic_ratio_to_softmax(case: Case) -> Non
             assert (bound <= reach + (off / 2 + 16 * LIBM * U) * np.ptp(v, axis=0)).all()
 
 
+@given(seed=st.integers(0, 2**32 - 1), depth=st.integers(1, 8), scale=st.sampled_from([None, 0.3]))
+def test_squares_of_lengths_are_as_far_off_as_the_claim_is_charged(seed: int, depth: int, scale: float | None) -> None:
+    k = np.random.default_rng(seed).standard_normal((1, depth))
+    sigma = 1.0 / np.sqrt(Ball.lift(float(depth))) if scale is None else Ball.lift(scale)
+    half = (k * k).sum(axis=1) * (1 / math.sqrt(depth) if scale is None else scale) / 2
+    lifted_k = Ball.lift(k)
+    assert_within(half, (lifted_k * lifted_k).sum(axis=1) * sigma / 2.0, gaussian.claim_logits([[0.0]], k, scale=scale))
+
+
+def test_a_key_whose_length_overflows_is_not_a_key_that_nobody_sees() -> None:
+    q, k, v = np.zeros((1, 1)), np.array([[0.0], [1e200]]), np.zeros((2, 1))
+    with np.errstate(invalid="ignore"):
+        assert np.isnan(gaussian.attend(q, k, v)).all() and np.isnan(gaussian.bound(q, k, v)).all()
+        assert np.isnan(gaussian.weights(q, k)).all()
+    assert gaussian.attend(q, k, v, mask=masks.lengths(1)) == 0
+
+
 @pytest.mark.parametrize(("length", "scale"), [(0.5, 1.0), (1.0, 1.0), (2.0, 0.5), (3.0, 1.0), (2.0, -1.0)])
 def test_keys_of_two_lengths_reach_the_bound(tight: Tight, length: float, scale: float) -> None:
     """The tilt raises key 0 by σ‖k‖²/2 = Δ; P1 wants e^{−Δ/2} of it for each of the others."""

@@ -44,7 +44,7 @@ from hypothesis import strategies as st
 
 from proofs.exact import LIBM, SHARP, Array, Tight, distance, grid, number, row, slack
 from refattn import masks, rounding, softmax
-from refattn.kernel import _monomials, linear_transformer, polynomial
+from refattn.kernel import _monomials, _polynomials, linear_transformer, polynomial
 from refattn.rounding import U, gamma
 from refattn.testing import Ball, assert_within
 from refattn.testing.strategies import Case, cases
@@ -251,6 +251,19 @@ def judge_spread(tight: Tight, case: Case) -> float:
     bound, reach = case.bound(), np.ptp(case.arrays["v"], axis=0)
     room = rounding.allowance(polynomial.attend, *positional, **named) + (logits / 2 + LIBM * U) * reach
     return tight("K1", error, bound, room + slack(bound, 8))
+
+
+@given(logits=st.lists(grid(-16, 4), min_size=1, max_size=6), degree=st.sampled_from([2, 4, 8, 12]), form=FORMS)
+def test_the_logarithm_of_the_kernel_is_as_far_off_as_the_claim_is_charged(
+    logits: list[float], degree: int, form: Any
+) -> None:
+    """T_12 cancels to about e^−4 of its terms near s = −4; so does 1 + s/d, near its zero."""
+    assume(form == "taylor" or -degree not in logits)
+    s = np.array(logits)
+    values = _polynomials.kernel(degree, form, s)
+    truth = [real(kappa(Fraction(x), degree, form)).log() - arb(x) for x in logits]
+    charged = polynomial.claim_logits([[1.0]], s[:, None], degree=degree, form=form, scale=1.0)
+    assert_within(np.log(values) - s, Ball(np.array(truth, object)), charged)
 
 
 def test_two_keys_reach_it(tight: Tight) -> None:

@@ -16,10 +16,8 @@ the features, so there is no `step` here.
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -32,6 +30,7 @@ from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel import _monomials, _ratio
 from refattn.kernel._feature_map import FeatureMap
+from refattn.kernel._polynomials import as_written, kernel, log_ratio, slope
 from refattn.kernel._scale import scaled
 from refattn.masks import MaskLike
 from refattn.method import Claim, Cost, Method, Option
@@ -123,7 +122,9 @@ def attend(
     """
     call = _problem(q, k, v, degree, form, mask, scale, backend)
     if isinstance(call.at.q, Arithmetic):
-        return _in_another_arithmetic(call, _kernel(call, _logits(call) * call.at.seen().astype(float)))
+        return _in_another_arithmetic(
+            call, kernel(call.degree, call.form, _logits(call) * call.at.seen().astype(float))
+        )
     return _forward(call)
 
 
@@ -144,13 +145,14 @@ def weights(
     """
     call = _problem(q, k, _check.WEIGHTS, degree, form, mask, scale)
     if isinstance(call.at.q, Arithmetic):
-        return _in_another_arithmetic(call, _as_written(call, _logits(call) * call.at.seen().astype(float)))
+        return _in_another_arithmetic(
+            call, as_written(call.degree, call.form, _logits(call) * call.at.seen().astype(float))
+        )
     T, S, _, _ = call.at.sizes
     p = np.zeros((*call.at.leads.shape, T, S))
     for n in range(math.prod(call.at.leads.shape)):
-        for rows, seen, s in _tiles(call, n):
-            kappa, some = np.where(seen, _as_written(call, s), 0.0), seen.any(axis=1, keepdims=True)
-            matrix(p, n)[rows] = kappa / np.where(some, kappa.sum(axis=1, keepdims=True), 1.0)
+        for rows, _, _, kappa, den in _tiles(call, n, as_written):
+            matrix(p, n)[rows] = kappa / den
     return p
 
 
@@ -185,20 +187,20 @@ def vjp(
     if isinstance(call.at.q, Arithmetic):
         x, seen = call.at.q, call.at.seen()
         s = _logits(call) * seen.astype(float)
-        to_kappa, _, dv = x.linear_backward(_kernel(call, s), x.lift(np.eye(S)), call.at.v, seen, 0.0, do)
-        ds = to_kappa * _slope(call, s)
+        to_kappa, _, dv = x.linear_backward(
+            kernel(call.degree, call.form, s), x.lift(np.eye(S)), call.at.v, seen, 0.0, do
+        )
+        ds = to_kappa * slope(call.degree, call.form, s)
         return Gradients(scaled(ds @ call.at.k, scale, D), scaled(ds.mT @ x, scale, D), dv)
     dq, dk, dv = np.zeros(call.at.q.shape), np.zeros(call.at.k.shape), np.zeros(call.at.v.shape)
     for n in range(math.prod(lead)):
         x, y, z, _ = call.at.one(n)
         y, z, cotangent = _check.widened(y), _check.widened(z), matrix(do, n)
         to_q, to_k, to_v = (matrix(array, of[name][n]) for name, array in (("q", dq), ("k", dk), ("v", dv)))
-        for rows, seen, s in _tiles(call, n):
-            kappa, some = np.where(seen, _kernel(call, s), 0.0), seen.any(axis=1, keepdims=True)
-            den = np.where(some, kappa.sum(axis=1, keepdims=True), 1.0)
-            g = np.where(some, rows_of(cotangent, rows) / den, 0.0)
+        for rows, seen, s, kappa, den in _tiles(call, n, kernel):
+            g = np.where(seen.any(axis=1, keepdims=True), rows_of(cotangent, rows) / den, 0.0)
             own = (g * (mix(kappa, z, seen) / den)).sum(axis=1, keepdims=True)
-            ds = np.where(seen, (g @ z.T - own) * _slope(call, s), 0.0)
+            ds = np.where(seen, (g @ z.T - own) * slope(call.degree, call.form, s), 0.0)
             to_q[rows] += mix(ds, y, seen)
             to_k += mix(ds.T, rows_of(x, rows), seen.T)
             to_v += mix(kappa.T, g, seen.T)
@@ -292,9 +294,9 @@ def bound_from_logits(
         raise ValueError("low is above high somewhere, or NaN; expected low ≤ high")
     falls = form == "taylor" and p % 2 == 0
     top = low if falls else np.clip(0.0, low, high)
-    left, right = _log_ratio(low, p, form), _log_ratio(high, p, form)
+    left, right = log_ratio(p, form, low), log_ratio(p, form, high)
     with np.errstate(invalid="ignore"):
-        span = _log_ratio(top, p, form) - (right if falls else np.minimum(left, right))
+        span = log_ratio(p, form, top) - (right if falls else np.minimum(left, right))
     known = np.full(span.shape, falls) | (left > -np.inf)
     tv = perturbation.tilt_total_variation(np.where(known & ~np.isnan(span), np.maximum(span, 0.0), np.inf))
     return np.where(known, tv, np.inf)
@@ -320,7 +322,7 @@ def claim_logits(
     x, y = Bounded.lift(call.at.q), Bounded.lift(call.at.k)
     for rows in tiles(np.arange(len(x.value)), len(y.value)):
         s = scaled(x[rows] @ y.mT, scale, x.shape[1])
-        kappa = _kernel(call, s)
+        kappa = kernel(call.degree, call.form, s)
         trivial = (seen[rows] & (kappa.value < -2 * kappa.error)).any(axis=1)  # no logarithm is in its claim
         error = np.where(seen[rows], (np.log(kappa) - s).error, 0.0).max(axis=1, initial=0.0)
         out[rows] = np.where(trivial, 0.0, error)
@@ -388,6 +390,16 @@ class _Problem(NamedTuple):
     scale: float | None
 
 
+class _Tile(NamedTuple):
+    """Some rows against every key: what is seen, logits, κ, and its sums."""
+
+    rows: NDArray[np.intp]
+    seen: NDArray[np.bool_]
+    s: Array
+    kappa: Array
+    den: Array
+
+
 def _same(x: Any) -> Any:
     return x
 
@@ -414,58 +426,21 @@ def _logits(call: _Problem) -> Any:
     return scaled(call.at.q @ call.at.k.mT, call.scale, call.at.q.shape[-1])
 
 
-def _tiles(call: _Problem, n: int) -> Iterator[tuple[NDArray[np.intp], NDArray[np.bool_], Array]]:
-    """Yield rows of problem n, what they see, and their logits, 0 where unseen."""
+def _tiles(call: _Problem, n: int, of: Callable[[int, str, Any], Any]) -> Iterator[_Tile]:
+    """Yield some rows of problem n at a time; where nothing is seen the logit and κ are 0, and a row's sum is 1."""
     x, y, _, ends = call.at.one(n)
     y, keys = _check.widened(y), np.arange(len(y))
     for rows in tiles(np.arange(len(x)), len(y)):
         seen = keys < ends[rows][:, None]
-        yield rows, seen, np.where(seen, scaled(rows_of(x, rows) @ y.T, call.scale, x.shape[1]), 0.0)
-
-
-def _kernel(call: _Problem, s: Any) -> Any:
-    """Return κ(s)."""
-    return _horner(s, call.degree) if call.form == "taylor" else _power(s / call.degree + 1.0, call.degree)
-
-
-def _slope(call: _Problem, s: Any) -> Any:
-    """Return κ′(s)."""
-    p = call.degree
-    return _horner(s, p - 1) if call.form == "taylor" else _power(s / p + 1.0, p - 1)
-
-
-def _as_written(call: _Problem, s: Any) -> Any:
-    """Return κ(s), term by term or factor by factor."""
-    p = call.degree
-    if call.form == "power":
-        return functools.reduce(operator.mul, [s / p + 1.0] * p)
-    total, term = s + 1.0, s
-    for t in range(2, p + 1):
-        term = term * s / t
-        total = total + term
-    return total
-
-
-def _horner(s: Any, degree: int) -> Any:
-    """Return T_degree(s); the number 1 if that is constant."""
-    total: Any = 1.0
-    for t in range(degree, 0, -1):
-        total = (s if t == degree else s * total) / t + 1.0
-    return total
-
-
-def _power(x: Any, n: int) -> Any:
-    """Return x^n by squaring; the number 1 if n = 0."""
-    if n <= 1:
-        return x if n else 1.0
-    half = _power(x, n // 2)
-    return half * half * x if n % 2 else half * half
+        s = np.where(seen, scaled(rows_of(x, rows) @ y.T, call.scale, x.shape[1]), 0.0)
+        kappa, some = np.where(seen, of(call.degree, call.form, s), 0.0), seen.any(axis=1, keepdims=True)
+        yield _Tile(rows, seen, s, kappa, np.where(some, kappa.sum(axis=1, keepdims=True), 1.0))
 
 
 def _in_another_arithmetic(call: _Problem, kappa: Any) -> Any:
     """Return Σκv/Σκ as linear attention whose features are κ and the identity."""
     q, v, seen = call.at.q, call.at.v, call.at.seen()
-    return q.linear_forward(kappa, q.lift(np.eye(seen.shape[1])), v, seen, 0.0)  # pyright: ignore
+    return q.linear_forward(kappa, q.lift(np.eye(seen.shape[1])), v, seen, 0.0)
 
 
 def _forward(call: _Problem) -> Array:
@@ -473,10 +448,8 @@ def _forward(call: _Problem) -> Array:
     o = np.zeros((*call.at.leads.shape, T, E))
     for n in range(math.prod(call.at.leads.shape)):
         v = _check.widened(call.at.one(n)[2])
-        for rows, seen, s in _tiles(call, n):
-            kappa, some = np.where(seen, _kernel(call, s), 0.0), seen.any(axis=1, keepdims=True)
-            den = np.where(some, kappa.sum(axis=1, keepdims=True), 1.0)
-            matrix(o, n)[rows] = np.where(some, mix(kappa, v, seen) / den, 0.0)
+        for rows, seen, _, kappa, den in _tiles(call, n, kernel):
+            matrix(o, n)[rows] = mix(kappa, v, seen) / den
     return o
 
 
@@ -487,47 +460,4 @@ def _bound(call: _Problem, n: int, o: Array) -> Array:
     def logits(rows: NDArray[np.intp]) -> Array:
         return scaled(q[rows] @ k.T, call.scale, q.shape[1])
 
-    return _ratio.bound(o, v, ends, lambda rows: _kernel(call, logits(rows)), logits)
-
-
-def _log_ratio(x: Array, p: int, form: str) -> Array:
-    r"""Return ρ(x) = ln κ(x) − x without cancellation; −∞ where κ(x) ≤ 0, ∞ where it overflows or is not computed.
-
-    T_p(x)e^{−x} is 1 − ∫_0^x t^p e^{−t} dt / p!: integrals of positive functions on either side of 0, whose series
-    have positive terms.
-    """
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        if form == "power":
-            return np.where(x > -p, p * np.log1p(np.maximum(x / p, -1.0)) - x, -np.inf)
-        near = np.clip(x, 0.0, p + 1.0)  # up to there the integral is below 2/3
-        below = np.log1p(-np.exp(-near) * _power_over_factorial(near, p + 1) * _kummer(1, p + 2, near))
-        above = np.log(np.minimum(_horner(np.maximum(x, 0.0), p), np.finfo(np.float64).max)) - x
-        y = np.clip(-x, 0.0, _FAR)
-        first, series = _power_over_factorial(y, p + 1), _kummer(p + 1, p + 2, y)
-        grown = first * series
-        if p % 2:
-            left = np.where((x >= -_FAR) & (_horner(x, p) > 0), np.log1p(-np.minimum(grown, 1.0)), -np.inf)
-        else:
-            left = np.where(np.isinf(grown), np.log(first) + np.log(series), np.log1p(grown))
-            left = np.where(x < -_FAR, np.inf, left)
-    return np.where(x < 0, left, np.where(x <= p + 1, below, above))
-
-
-_FAR = 700.0
-
-
-def _power_over_factorial(y: Array, n: int) -> Array:
-    """Return y^n/n!, every partial product of which is a term of e^y."""
-    out = np.ones_like(y)
-    for t in range(1, n + 1):
-        out = out * y / t
-    return out
-
-
-def _kummer(a: int, b: int, y: Array) -> Array:
-    """Return M(a, b, y) = Σ_n (a)_n/(b)_n·y^n/n! for a ≤ b, y ≥ 0, until what is left is below one rounding."""
-    total, term, n = np.ones_like(y), np.ones_like(y), 0
-    while ((term > 2.0**-56 * total) | (2 * y > n + 1)).any():
-        term = term * ((a + n) * y / ((b + n) * (n + 1)))
-        total, n = total + term, n + 1
-    return total
+    return _ratio.bound(o, v, ends, lambda rows: kernel(call.degree, call.form, logits(rows)), logits)
