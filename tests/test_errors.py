@@ -14,7 +14,7 @@ from refattn.sparse import longformer
 from refattn.testing import Ball
 
 T, S, D, E, R = 3, 5, 2, 4, 2
-SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R}
+SIZES = {"T": T, "S": S, "D": D, "E": E, "r": R, "m": R}
 Q, K, V, DO = np.ones((T, D)), np.ones((S, D)), np.ones((S, E)), np.ones((T, E))
 P = np.ones((R, S))
 REQUIRED = {longformer: {"window": 1}}

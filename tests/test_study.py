@@ -153,7 +153,7 @@ def test_an_answer_that_is_not_finite_is_no_violation(
     assert run(saved(tmp_path / "a.npz", **OVERFLOWING[case]), "--out", str(tmp_path / "out")) == 0
     shown, said = capsys.readouterr()
     assert said == "" and "VIOLATED" not in shown
-    (line,) = shown.split("linear_transformer, against softmax, unmasked\n")[1].splitlines()
+    line, *_ = shown.split("linear_transformer, against softmax, unmasked\n")[1].splitlines()
     assert line.endswith(" not finite") and max(map(len, shown.splitlines()[1:])) <= 80
 
 
