@@ -24,10 +24,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, dropped, engines, masks, perturbation, softmax
-from refattn._mix import tiles
+from refattn import _check, dropped, masks, softmax
 from refattn.engines import Backend
-from refattn.heads import matrix
 from refattn.masks import Mask, MaskLike
 from refattn.method import Claim, Cost, Method, Option
 
@@ -248,7 +246,7 @@ def bound(
     Returns
     -------
     (..., T, E) of float64
-        Mathematical: rounding is not in it. O(T·S·D) time for the union, O(T·S·E) for the sum, a tile at a time.
+        Mathematical: rounding is not in it. O(T·S·D) time for the union, a tile at a time.
 
     Examples
     --------
@@ -263,13 +261,7 @@ def bound(
     if form == "union":
         return dropped.bound(q, k, v, kept=kept[0], mask=mask, scale=scale)
     o = attend(q, k, v, positions=positions, block=block, form=form, mask=mask, scale=scale)
-    call = engines.problem(q, k, v, bias=None, sink=None, softcap=None, order="softcap, bias", mask=mask, scale=scale)
-    far, keys = np.zeros(o.shape), np.arange(S)
-    for n, one in enumerate(call.all()):
-        for rows in tiles(np.arange(T), S):
-            seen = None if one.pairs is None else one.pairs.seen(rows, keys)
-            matrix(far, n)[rows] = perturbation.trivial(one.v, matrix(o, n)[rows], seen)
-    return far
+    return dropped.reach(q, k, v, o, mask=mask)
 
 
 def cost(
