@@ -277,10 +277,8 @@ def cost(
     >>> longformer.cost(4, 4, 2, 2, window=1).pairs
     10
     """
-    _check.sizes(T, S, D, E)
     near = masks.dilated(window, window, dilation) | masks.global_tokens(tokens)
-    pairs = int(np.max(masks.meet(mask, near).on(T, S).count))
-    return Cost(pairs=pairs, flops=2 * pairs * (D + E), bytes=8 * (T + S) * (D + E))
+    return softmax.cost(T, S, D, E, mask=masks.meet(mask, near))
 
 
 def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
