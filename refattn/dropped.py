@@ -517,7 +517,7 @@ def averaging(left: Partial, right: Partial) -> Array:
 
 def _split(q: Any, k: Any, kept: Any, mask: Any) -> tuple[Mask, Mask]:
     """Return which pairs are kept and which are dropped, of those that the mask allows."""
-    T, S = _check.array("q", q, "T D").shape[-2], _check.array("k", k, "S D").shape[-2]
+    T, S = _check.lengths(q, k)
     inner, whole = masks.bind(kept, T, S), masks.bind(mask, T, S)
     if inner is None:
         raise TypeError("kept is None; expected a mask or an array of booleans")

@@ -283,14 +283,10 @@ def cost(
 
 def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
     """Return what the other rows may see, and what the rows of global tokens may see."""
-    T, S = (int(_check.array(s, x, axes).shape[-2]) for s, x, axes in (("q", q, "T D"), ("k", k, "S D")))
+    T, S = _check.lengths(q, k)
     masks.bind(mask, T, S)
-    if np.ndim(tokens) != 1:
-        raise TypeError(f"tokens is {tokens!r}; expected a sequence of positions")
-    for t in tokens:
-        if _check.integer("tokens", t, 0) >= S:
-            raise ValueError(f"tokens holds {t}; expected positions below S = {S}")
-    far = masks.segments(np.isin(np.arange(T) + S - T, np.asarray(tokens, int)).astype(int), np.ones(S, int))
+    rows = np.isin(np.arange(T) + S - T, _check.positions("tokens", tokens, S))
+    far = masks.segments(rows.astype(int), np.ones(S, int))
     return masks.meet(mask, ~far), masks.meet(mask, far)
 
 
