@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check, masks
+from refattn._pairs import integer
 from refattn.arithmetic import Arithmetic
 from refattn.dropped import Blocks
 from refattn.masks import Mask
@@ -36,7 +37,7 @@ class State(NamedTuple):
 def pattern(length: int, memory: int, sinks: int) -> Mask:
     """Return which pairs of a segment, a memory before it and first keys are seen."""
     near = masks.segmented(length, memory)
-    return near if _check.integer("sinks", sinks, 0) == 0 else near | (masks.prefix(sinks) & masks.causal())
+    return near if integer("sinks", sinks, 0) == 0 else near | (masks.prefix(sinks) & masks.causal())
 
 
 class Stream:

@@ -240,8 +240,8 @@ def certify(
     Parameters
     ----------
     blocks : int
-        How many summaries there are, at most. More are tighter and dearer: a token costs O(blocks·D²) beside its
-        attention, and so does the state.
+        How many summaries there are, at most. More are tighter and dearer: a token costs O(blocks·D·(blocks + D))
+        beside its attention, and the state O(blocks·D²).
 
     Returns
     -------

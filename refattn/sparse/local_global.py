@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, dropped, masks, softmax
+from refattn._pairs import integer
 from refattn.engines import Backend
 from refattn.masks import Mask, MaskLike
 from refattn.method import Claim, Cost, Method, Option
@@ -289,7 +290,7 @@ def cost(
 
 
 def _block(S: int, block: int | None) -> int:
-    return max(1, round(math.sqrt(S))) if block is None else _check.integer("block", block, 1)
+    return max(1, round(math.sqrt(S))) if block is None else integer("block", block, 1)
 
 
 def _parts(T: int, S: int, positions: Sequence[int], block: int | None, form: str, mask: Any) -> tuple[Mask, ...]:
