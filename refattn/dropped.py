@@ -522,12 +522,11 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
 
 def _join_nearest(blocks: Blocks, many: int) -> None:
     """Join the two nearest of each head's first blocks, (heads, places, ...), in place; then one place less is used."""
-    n, centre = blocks.count[:, :many], blocks.centre[:, :many]
-    away = centre[:, :, None] - centre[:, None]
-    spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))
-    spread[:, np.tri(many, dtype=bool)] = np.inf
-    first, second = np.divmod(spread.reshape(len(n), many * many).argmin(axis=1), many)
-    head = np.arange(len(n))
+    left, right = np.triu_indices(many, 1)
+    away = blocks.centre[:, left] - blocks.centre[:, right]
+    n, m = blocks.count[:, left], blocks.count[:, right]
+    nearest = ((away * away).sum(axis=-1) * (n * (m / (n + m)))).argmin(axis=1)
+    first, second, head = left[nearest], right[nearest], np.arange(len(away))
     one, other = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
     for x, joined in zip(blocks, one.join(other), strict=True):
         x[head, second] = x[:, many - 1]
