@@ -202,16 +202,18 @@ def bound(
     """
     o = attend(q, k, v, size=size, counts=counts, scale=scale)
     q, k, v, _ = _inputs(q, k, v, size, counts)
-    sigma, blocks, out = _check.scale(scale, q.shape[-1]), Blocks.of(k, size), np.zeros(o.shape)
+    sigma, out = _check.scale(scale, q.shape[-1]), np.zeros(o.shape)
+    with np.errstate(all="ignore"):  # where numbers overflow, only the values' range is known
+        blocks = Blocks.of(k, size)
     joined = leads({"o": o.shape[:-2], "q": q.shape[:-2]}, {"k": k.shape[:-2], "v": v.shape[:-2]})
     for n in range(math.prod(joined.shape)):
         own, queries, values = (matrix(x, joined.of[s][n]) for s, x in (("o", o), ("q", _check.widened(q)), ("v", v)))
         claim, summary = perturbation.trivial(values, own), blocks.one(joined.of["k"][n])
         for rows in tiles(np.arange(len(own)), len(summary.count)):
-            with np.errstate(all="ignore"):  # where logits overflow the bound is NaN
+            with np.errstate(all="ignore"):
                 low, high = _enclosure(sigma * queries[rows], values, summary)
                 off = np.maximum(np.maximum(high - own[rows], own[rows] - low), 0.0)
-            claim[rows] = np.minimum(claim[rows], off)
+            claim[rows] = np.fmin(claim[rows], off)
         matrix(out, n)[:] = claim
     return out
 
@@ -237,13 +239,12 @@ def bound_from_radius(radius: float, within: float, across: float, *, ratio: flo
         |\tilde o - o| \le \tanh\!\big(\tfrac14 (\ln \cosh R + \ln r)\big) \operatorname*{range}_g \bar v_g
         + \tanh\!\big(\tfrac12 R\big) \max_g \operatorname*{range}_{j \in g} v_j
 
-    `bound` is never above it. With R = 0, all keys of a segment being equal, what is left is what ignoring the counts
-    costs: (√r − 1)/(√r + 1).
+    With R = 0, all keys of a segment being equal, what is left is what ignoring the counts costs: (√r − 1)/(√r + 1).
 
     Parameters
     ----------
     radius
-        R ≥ |σ|‖q‖·‖k_j − k̄_g|| for every key, or any other bound of |σ q·(k_j − k̄_g)|.
+        R ≥ |σ|‖q‖·‖k_j − k̄_g‖ for every key: then `bound` is never above. Or any other bound of |σ q·(k_j − k̄_g)|.
     within, across
         The largest range of values in a segment, and the range of the segments' mean values.
     ratio
@@ -354,5 +355,5 @@ def _highest(up: Array, down: Array, x: Array) -> Array:
         total = w.sum(axis=1)
         new = np.divide((w * x).sum(axis=1), total, out=x.max(axis=1), where=total > LEAST)
         if not (new > t).any():
-            return t
+            return np.maximum(t, new)  # NaN where x is
         t = np.maximum(t, new)
