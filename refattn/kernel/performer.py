@@ -487,6 +487,7 @@ def cost(
     """
     _check.sizes(T, S, D, E)
     m = _check.integer("features", features, 1)
+    _check.choice("kind", kind, random_features.KINDS)
     r = random_features.columns(kind, m)
     flops = 2 * (T + S) * (m * D + r * (E + 1))
     return Cost(pairs=0, flops=flops, bytes=8 * (T * (D + E) + S * (D + E) + m * D))

@@ -134,7 +134,7 @@ class Trials:
             bound_relative=rms(over(claimed, spread[judged])),
             bound_ratio=float(np.median(claimed[sure] / most[sure])) if sure.any() else math.nan,
             holds=False if (fails > self._allowed).any() else holds,
-            covered=1.0 - float(fails.sum()) / tried if tried else math.nan,
+            covered=(tried - float(fails.sum())) / tried if tried else math.nan,
         )
 
     def _bound(self, sweep: Sweep, claim: Claim) -> Array:

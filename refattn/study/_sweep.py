@@ -83,7 +83,7 @@ class Inputs:
         lead = {name: x.shape[: x.ndim - len(declared.arrays[name].split())] for name, x in arrays.items()}
         of = self._leads({name: lead[name] for name in drawn.arrays}).of
         for n in range(self.heads) if which is None else which:
-            at = {name: tuple(np.unravel_index(of[name][n], lead[name])) for name in arrays}
+            at: dict[str, Any] = {name: np.unravel_index(of[name][n], lead[name]) for name in arrays}
             yield int(n), {name: np.asarray(x[at[name]], np.float64) for name, x in arrays.items()}
 
     def _leads(self, drawn: Mapping[str, tuple[int, ...]]) -> Leads:
