@@ -221,7 +221,7 @@ def bound(
 def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None = None) -> NDArray[np.float64]:
     r"""How far the ends lo and hi of L6, as `bound` computes them, may be inside the real ones, (T,).
 
-    With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + D + 8} X`
+    With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + 2D + 8} X`
     for the largest count c. The upper end has slope at most 1 in R₊, the lower one at most 2c in R₋ ≥ R₊/(c − 1); with
     the variance, which is off by η² and cut at R₋R₊, it moves by at most 2cη more. Evaluation is within 32 roundings
     of 1 + R, R ≤ 2X. What else the variance may be off by, `refattn.dropped.Blocks.deviation` rounds outward.
@@ -229,7 +229,7 @@ def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None 
     q, k = (np.abs(np.asarray(_check.array(s, x, f"{s} D"), np.float64)) for s, x in (("q", q), ("k", k)))
     most = max(_check.parts("size", size, k.shape[-2]), default=1)
     reach = abs(_check.scale(scale, q.shape[-1])) * (q @ k.max(axis=-2, initial=0.0))
-    return 4 * (most + 1) * gamma(most + q.shape[-1] + 40) * (reach + 1)
+    return 4 * (most + 1) * gamma(most + 2 * q.shape[-1] + 40) * (reach + 1)
 
 
 def bound_from_radius(radius: float, within: float, across: float, *, ratio: float = 1.0) -> float:
