@@ -148,7 +148,7 @@ def parts(name: str, value: Any, length: int) -> list[int]:
 
     Of an integer the last part may be shorter; a sequence has to sum to the axis's length.
     """
-    if not isinstance(value, (Sequence, np.ndarray)):
+    if not (isinstance(value, Sequence) or getattr(value, "ndim", 0)):
         size = integer(name, value, 1)
         return [min(size, length - start) for start in range(0, length, size)]
     sizes = [integer(name, n, 1) for n in cast("Sequence[Any]", value)]

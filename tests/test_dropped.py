@@ -41,6 +41,16 @@ def test_a_short_last_block_is_summarised_as_it_is():
     assert blocks.low.tolist() == [[0.0, 0.0], [1.0, 5.0]] and blocks.high.tolist() == [[4.0, 2.0], [1.0, 5.0]]
 
 
+def test_a_size_may_be_an_array_without_axes():
+    assert dropped.Blocks.of(np.zeros((3, 1)), np.array(2)).count.tolist() == [2, 1]
+
+
+def test_no_key_is_lost_where_distances_overflow():
+    keys = np.array([[1e200], [-1e200], [3e200], [-5e200]])
+    blocks = dropped.Blocks.of(keys[:0], 1).absorb(keys, 2)
+    assert blocks.count.sum() == 4 and (blocks.low.min(), blocks.high.max()) == (-5e200, 3e200)
+
+
 def test_extremes_are_those_of_the_dropped_keys_for_every_length_of_run():
     S = 130
     v, kept = draw(S, 3), draw(2 * S, S) < np.linspace(-2, 2, 2 * S)[:, None]
