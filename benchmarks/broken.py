@@ -26,6 +26,9 @@ class Fault(NamedTuple):
     tests: tuple[str, ...]
 
 
+RATES = ("proofs/kernel/test_performer.py", "-k", "(root_of_the_number and positive) or two_opposite_rows")
+"""What Performer's error has to be as its features grow in number, and for two of them."""
+
 FAULTS = (
     Fault(
         "a window that is one key short",
@@ -63,6 +66,48 @@ FAULTS = (
         ("tests/test_laws.py", "-k", "softmax-vjp"),
     ),
     Fault(
+        "Performer: keys meet another projection",
+        "refattn/kernel/_favor.py",
+        "(features.project(z, self.omega, kind) for z in (q, k))",
+        "(features.project(z, w, kind) for z, w in ((q, self.omega), (k, self.omega[::-1])))",
+        RATES,
+    ),
+    Fault(
+        "Performer: no ‖x‖²/2 in the keys",
+        "refattn/kernel/_favor.py",
+        "w = features.raw(ey, features.height(y, kind), kind)",
+        "w = features.raw(ey, features.height(y, kind) * 0.0, kind)",
+        RATES,
+    ),
+    Fault(
+        "Performer: each key's own maximum",
+        "refattn/kernel/_favor.py",
+        "w = features.raw(ey, features.height(y, kind), kind)",
+        "w = features.raw(ey, features.height(y, kind) - features.largest(plain_y) * by, kind)",
+        RATES,
+    ),
+    Fault(
+        "pooling forgets the counts",
+        "refattn/lowrank/pooling.py",
+        "np.log(type(k).lift(c[None]) if isinstance(k, Arithmetic) else c[None])",
+        "0.0 * np.log(type(k).lift(c[None]) if isinstance(k, Arithmetic) else c[None])",
+        ("proofs/lowrank/test_pooling.py",),
+    ),
+    Fault(
+        "a memory that is one key short",
+        "refattn/masks.py",
+        "(keys >= p // self.length * self.length - self.memory)",
+        "(keys > p // self.length * self.length - self.memory)",
+        ("tests/test_masks.py", "proofs/memory/test_segments.py"),
+    ),
+    Fault(
+        "Memformer's slots see each other",
+        "refattn/memory/_slots.py",
+        "[np.eye(n, dtype=bool), np.ones((n, L), bool)]",
+        "[np.ones((n, n), bool), np.ones((n, L), bool)]",
+        ("proofs/memory/test_memformer.py",),
+    ),
+    Fault(
         "a doctest with another answer",
         "refattn/softmax.py",
         "    array([0.69314718])",
@@ -98,7 +143,7 @@ def main() -> int:
             sound, last = passes(tree, fault.tests)
             survived += not (caught and sound)
             verdict = ("caught" if caught else "SURVIVED") + ("" if sound else ", BUT FAILS WITHOUT IT")
-            print(f"{fault.what:<36} {verdict:<10} by {' '.join(fault.tests):<40} (unbroken: {last})", flush=True)
+            print(f"{fault.what:<42} {verdict:<10} by {' '.join(fault.tests):<70} (unbroken: {last})", flush=True)
     return 1 if survived else 0
 
 
