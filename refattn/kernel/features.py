@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from refattn import _check
 from refattn.arithmetic import Arithmetic, concatenate
+from refattn.heads import unbroadcast
 from refattn.kernel._feature_map import FeatureMap
 from refattn.rounding import Bounded
 
@@ -84,7 +85,8 @@ def vjp(dphi: Any, x: Any, omega: Any, *, kind: Kind) -> tuple[Any, Any]:
     dphi = _check.array("dphi", dphi, "n r")
     if dphi.shape != phi.shape:
         raise ValueError(f"dphi has shape {dphi.shape}; expected {phi.shape}")
-    return pull(*pull_raw(dphi / _norm(omega, kind), projected, phi, kind), x, omega, kind)
+    dx, domega = pull(*pull_raw(dphi / _norm(omega, kind), projected, phi, kind), x, omega, kind)
+    return unbroadcast(dx, x.shape), unbroadcast(domega, omega.shape)
 
 
 def draw(
