@@ -383,7 +383,7 @@ def bound_over_draws(
     r"""How far `attend` is from exact attention, at most, with probability 1 − δ over `draw` (R3, elementwise).
 
     .. math::
-        \Pr\big(|\tilde o_{ic} - o_{ic}| \ge a_{ic}\big) \le \delta, \qquad
+        \Pr\big(|\tilde o_{ic} - o_{ic}| > a_{ic}\big) \le \delta, \qquad
         a = \frac{\sqrt g}{\sqrt{m \delta} - \sqrt{(1 - \delta) h}}
 
     for each element alone, with g and h as in `refattn.kernel.moments.tail_radius`. It is proved for ω of independent
