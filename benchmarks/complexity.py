@@ -37,9 +37,9 @@ from refattn import masks, method
 DEPTH = {"D": 32, "E": 32}
 LENGTHS = 6
 STUDENT = 2.776  # the 97.5 % point of Student's t with LENGTHS − 2 degrees of freedom
-LONGEST = 0.2
+LONGEST = 0.4
 MOST = 2**16
-REPEATS = 5
+REPEATS = 3
 APART = 0.25
 
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

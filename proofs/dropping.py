@@ -1,12 +1,16 @@
-"""What evaluating ρ and S1's bound in float64 costs, and the judge of a method that drops keys."""
+"""What evaluating ρ and S1's bound in float64 costs, and the judges of methods that drop keys or merge two parts."""
+
+import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from proofs.exact import LIBM, Array, Tight, slack
+from proofs.exact import LIBM, SHARP, Array, Tight, distance, number, slack
 from refattn import dropped, rounding, softmax
 from refattn.method import accepted
 from refattn.rounding import gamma
+from refattn.testing import Ball
 from refattn.testing.strategies import Case
 
 Seen = NDArray[np.bool_]
@@ -48,3 +52,27 @@ def judge(
     room = room + bound_rounding(bound, q, k, v, near, far, scale=named.get("scale"))
     ratios = [tight("S1", *parts) for parts in zip(error.flat, bound.flat, room.flat, strict=True)]
     return np.reshape(ratios, error.shape), room
+
+
+def reaches(tight: Tight, case: Case, near: Seen, far: Seen) -> bool:
+    """Judge values that are 1 on what a row drops, and return whether each row's own column reaches the bound."""
+    case = case.given(**dict.fromkeys(case.module.METHOD.linear_in, far.T.astype(float)))
+    bound, (ratios, room) = case.bound().diagonal(), (x.diagonal() for x in judge(tight, case, near, far))
+    return bool(((ratios > SHARP) | (bound * (1 - SHARP) <= 2 * room)).all())  # unless too small a bound to be seen
+
+
+def shares(case: Case, left: Seen, right: Seen) -> tuple[Any, Any]:
+    """Return e^ℓ over two sets of pairs as columns of balls, scaled to sum 1 where a row sees something."""
+    (q, k, _), none = (Ball.lift(case.arrays[s]) for s in "qkv"), Ball.lift(np.zeros((case.sizes["S"], 0)))
+    parts = (softmax.partial(q, k, none, mask=seen, scale=case.options.get("scale")) for seen in (left, right))
+    first, second = (np.exp(part.lse.reshape(-1, 1)) for part in parts)
+    whole = first + second + np.where((left | right).any(axis=1, keepdims=True), 0.0, 1.0)
+    return first / whole, second / whole
+
+
+def judge_merge(tight: Tight, parts: tuple[Any, Any], weights: tuple[Any, Any], union: Any) -> list[float]:
+    """Judge how far two parts' merge, of these shares and weights, is from one softmax over both, row by row."""
+    merged, bound = parts[0] * weights[0] + parts[1] * weights[1], dropped.double_count(2)
+    room = slack(bound, 3) + gamma(2) * math.sqrt(2)  # of a quotient with derivative at most ½ in the root of 2
+    rows = zip(merged.cells, union.cells, strict=True)
+    return [tight("S4", number(distance(list(a), list(b))), bound, room) for a, b in rows]

@@ -60,6 +60,21 @@ def qkv(q: Any, k: Any, v: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any
     return q, k, v
 
 
+def lengths(q: Any, k: Any) -> tuple[int, int]:
+    """Return T and S, of queries and keys that may not fit each other yet."""
+    return int(array("q", q, "T D").shape[-2]), int(array("k", k, "S D").shape[-2])
+
+
+def positions(name: str, value: Any, S: int) -> NDArray[np.int64]:
+    """Return positions on the key axis, each below S."""
+    if np.ndim(value) != 1:
+        raise TypeError(f"{name} is {value!r}; expected a sequence of positions")
+    for x in value:
+        if integer(name, x, 0) >= S:
+            raise ValueError(f"{name} holds {x}; expected positions below S = {S}")
+    return np.asarray(value, np.int64)
+
+
 def shaped(name: str, value: Any, axes: str, shape: tuple[int, ...]) -> NDArray[Any]:
     """Check an array whose whole shape is known, such as a cotangent."""
     x = array(name, value, axes)
@@ -133,7 +148,7 @@ def parts(name: str, value: Any, length: int) -> list[int]:
 
     Of an integer the last part may be shorter; a sequence has to sum to the axis's length.
     """
-    if not isinstance(value, (Sequence, np.ndarray)):
+    if not (isinstance(value, Sequence) or getattr(value, "ndim", 0)):
         size = integer(name, value, 1)
         return [min(size, length - start) for start in range(0, length, size)]
     sizes = [integer(name, n, 1) for n in cast("Sequence[Any]", value)]

@@ -90,14 +90,51 @@ def bound(
     near, far = _split(q, k, kept, mask)
     o, lse = softmax.partial(q, k, values, mask=near, scale=scale)
     rho = _share(softmax.partial(q, k, values[..., :0], mask=far, scale=scale).lse, lse)
-    call = engines.problem(
-        q, k, values, bias=None, sink=None, softcap=None, order="softcap, bias", mask=far, scale=scale
-    )
-    reach = np.zeros(o.shape)
+    return rho[..., None] * reach(q, k, values, o, mask=far)
+
+
+def reach(q: ArrayLike, k: ArrayLike, v: ArrayLike, o: ArrayLike, *, mask: MaskLike = None) -> Array:
+    r"""How far each o is from the farther end of the values that the mask shows its row (P2).
+
+    .. math:: \max\Big(\max_j v_{jc} - o_{ic},\; o_{ic} - \min_j v_{jc}\Big)
+
+    `refattn.perturbation.trivial` for masks: of values and runs alone, in O(S·E·ln S) time and O(E) more a run. Of q
+    and k only the shapes matter.
+
+    Parameters
+    ----------
+    q, k, v, mask
+        As in `bound`.
+    o : (..., T, E)
+        Answers, with the leading axes of q, k, v and mask together.
+
+    Returns
+    -------
+    (..., T, E) of float64
+        0 for rows that see nothing.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes or masks that do not fit, naming the argument.
+
+    Examples
+    --------
+    >>> from refattn import dropped, masks
+    >>> x = np.zeros((2, 1))
+    >>> dropped.reach(x, x, [[0.0], [4.0]], [[1.0], [1.0]], mask=masks.causal())
+    array([[1.],
+           [3.]])
+    """
+    mask = masks.window(None, None) if mask is None else mask
+    call = engines.problem(q, k, v, bias=None, sink=None, softcap=None, order="softcap, bias", mask=mask, scale=None)
+    T, _, _, E = call.sizes
+    o = _check.shaped("o", o, "T E", (*call.leads.shape, T, E))
+    out = np.zeros(o.shape)
     for n, one in enumerate(call.all()):
         if one.pairs is not None:
-            _reach(matrix(reach, n), matrix(o, n), one.v, one.pairs)
-    return rho[..., None] * reach
+            _reach(matrix(out, n), matrix(o, n), one.v, one.pairs)
+    return out
 
 
 def mass(
@@ -345,8 +382,9 @@ def mass_from_blocks(
         at = {name: int(index[n]) for name, index in joined.of.items()}
         summary = blocks.one(at["blocks"])
         gone, own = matrix(left, at["dropped"]), lse[np.unravel_index(at["lse"], lse.shape[:-1])]
-        for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
-            end[np.unravel_index(n, joined.shape)] = _share(_lse(np.where(gone, level, -np.inf)), own)
+        with np.errstate(over="ignore", invalid="ignore"):  # where logits overflow the ends are NaN
+            for end, level in zip(ends, _levels(sigma * matrix(q, at["q"]), summary, form), strict=True):
+                end[np.unravel_index(n, joined.shape)] = _share(_lse(np.where(gone, level, -np.inf)), own)
     return ends
 
 
@@ -479,7 +517,7 @@ def averaging(left: Partial, right: Partial) -> Array:
 
 def _split(q: Any, k: Any, kept: Any, mask: Any) -> tuple[Mask, Mask]:
     """Return which pairs are kept and which are dropped, of those that the mask allows."""
-    T, S = _check.array("q", q, "T D").shape[-2], _check.array("k", k, "S D").shape[-2]
+    T, S = _check.lengths(q, k)
     inner, whole = masks.bind(kept, T, S), masks.bind(mask, T, S)
     if inner is None:
         raise TypeError("kept is None; expected a mask or an array of booleans")
@@ -522,11 +560,10 @@ def _ranges(pick: np.ufunc, x: Array) -> Array:
 
 def _join_nearest(blocks: Blocks, many: int) -> None:
     """Join the two nearest of each head's first blocks, (heads, places, ...), in place; then one place less is used."""
-    n, centre = blocks.count[:, :many], blocks.centre[:, :many]
-    away = centre[:, :, None] - centre[:, None]
-    spread = (away * away).sum(axis=-1) * (n[:, :, None] * (n[:, None] / (n[:, :, None] + n[:, None])))
-    spread[:, np.tri(many, dtype=bool)] = np.inf
-    first, second = np.divmod(spread.reshape(len(n), many * many).argmin(axis=1), many)
+    n, centre, (left, right) = blocks.count, blocks.centre, np.triu_indices(many, 1)
+    away, a, b = centre[:, left] - centre[:, right], n[:, left], n[:, right]
+    nearest = ((away * away).sum(axis=-1) * (a * (b / (a + b)))).argmin(axis=1)
+    first, second = left[nearest], right[nearest]
     head = np.arange(len(n))
     one, other = (Blocks(*(x[head, at] for x in blocks)) for at in (first, second))
     for x, joined in zip(blocks, one.join(other), strict=True):

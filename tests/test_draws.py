@@ -1,4 +1,4 @@
-"""Claims over the draw: convicted and acquitted on toys whose law is known; and what else a study takes from a method."""
+"""Claims over the draw: convicted and acquitted on toys whose law is known; what else a study takes from a method."""
 
 import types
 from fractions import Fraction
@@ -168,7 +168,8 @@ def test_options_that_are_drawn_and_arrays_of_any_rank_reach_every_verb(monkeypa
     vars(method.modules()["toy"])["cost"] = counted
     monkeypatch.setattr(rounding, "allowance", lambda verb, *a, **b: np.zeros((6, 4)))
     rows = study.compare(Q, K, V).rows
-    assert [(row.budget, row.bound_max, row.holds) for row in rows] == [("many=1", 101.0, True), ("many=3", 103.0, True)]
+    found = [(row.budget, row.bound_max, row.holds) for row in rows]
+    assert found == [("many=1", 101.0, True), ("many=3", 103.0, True)]
     whole = [attend(q, k, v, centre=k.mean(axis=0), positions=(0, 1, 2)) for q, k, v in zip(Q, K, V, strict=True)]
     assert rows[1].error_max == abs(np.array(whole) - softmax.attend(Q, K, V)).max()
 

@@ -41,6 +41,16 @@ def test_a_short_last_block_is_summarised_as_it_is():
     assert blocks.low.tolist() == [[0.0, 0.0], [1.0, 5.0]] and blocks.high.tolist() == [[4.0, 2.0], [1.0, 5.0]]
 
 
+def test_a_size_may_be_an_array_without_axes():
+    assert dropped.Blocks.of(np.zeros((3, 1)), np.array(2)).count.tolist() == [2, 1]
+
+
+def test_no_key_is_lost_where_distances_overflow():
+    keys = np.array([[1e200], [-1e200], [3e200], [-5e200]])
+    blocks = dropped.Blocks.of(keys[:0], 1).absorb(keys, 2)
+    assert blocks.count.sum() == 4 and (blocks.low.min(), blocks.high.max()) == (-5e200, 3e200)
+
+
 def test_extremes_are_those_of_the_dropped_keys_for_every_length_of_run():
     S = 130
     v, kept = draw(S, 3), draw(2 * S, S) < np.linspace(-2, 2, 2 * S)[:, None]
@@ -68,6 +78,25 @@ def test_nan_that_a_row_drops_reaches_that_row_only():
     v[0] = np.nan
     bound = dropped.bound(q, k, v, kept=masks.window(0, 0), mask=masks.causal().at(0) & masks.window(1, 0))
     assert np.isnan(bound[:2]).any() and np.isfinite(bound[2]).all()
+
+
+def test_keys_whose_distances_overflow_are_neither_lost_nor_counted_twice():
+    k = np.ldexp([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], 600)
+    blocks = dropped.Blocks.of(k[:0], 1).absorb(k, 2)
+    inside = ((blocks.low <= k[:, None]) & (k[:, None] <= blocks.high)).all(axis=-1)
+    assert blocks.count.sum() == 4 and inside.any(axis=1).all()
+    q, lse, every = np.full((1, 2), 2.0**-600), np.zeros(1), np.ones((1, 2), bool)
+    assert np.isnan(dropped.mass_from_blocks(q, blocks, lse, dropped=every, scale=1.0).high).all()
+
+
+def test_no_answer_is_farther_from_the_values_that_its_row_sees_than_the_reach():
+    q, k, v, seen = draw(4, 9, 3), draw(2, 70, 3), draw(2, 70, 2), draw(4, 9, 70) < -0.5
+    seen[1, 3], o = False, draw(4, 9, 2)
+    far, free = dropped.reach(q, k, v, o, mask=seen), dropped.reach(q, k, v, o)
+    for h, i in np.ndindex(4, 9):
+        values, mine = v[h // 2], o[h, i]
+        assert (free[h, i] == np.abs(values - mine).max(axis=0)).all()
+        assert (far[h, i] == np.abs(values[seen[h, i]] - mine).max(axis=0, initial=0.0)).all()
 
 
 @pytest.mark.parametrize(("T", "S", "E"), [(0, 3, 2), (3, 0, 2), (3, 3, 0), (0, 0, 1)])
@@ -115,6 +144,7 @@ X = np.zeros((2, 1))
         (lambda: dropped.bound(X, X, ["a"], kept=masks.causal()), TypeError, "v has dtype"),
         (lambda: dropped.mass(X, X, kept=masks.causal().on(3, 2)), ValueError, "T = 3"),
         (lambda: dropped.mass(X, X, kept=masks.causal(), scale=np.nan), ValueError, "scale"),
+        (lambda: dropped.reach(X, X, X, X[:1]), ValueError, r"o has shape \(1, 1\); expected \(2, 1\)"),
         (lambda: dropped.Blocks.of(X, 0), ValueError, "size is 0"),
         (lambda: blocks(np.zeros((2, 2))), ValueError, "blocks has D = 1; expected 2"),
         (lambda: blocks(X, lse=[0.0]), ValueError, "lse has T = 1"),

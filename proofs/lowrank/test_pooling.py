@@ -30,7 +30,8 @@ L6a Statement    |x_j| ≤ R and r = max c/min c with counts ignored, 1 with the
     Derivation   1  õ − o = Σ(p̃ − P)_g v̄_g + ΣP_g(v̄_g − μ_g). P is p̃ tilted by m_g + ln(c_g/w_g), whose span is at most
                     ln cosh R + ln r, since 0 ≤ m_g ≤ ln cosh R (Jensen; S2's cosh). P1 and P2 for the first sum; for
                     the second β_g ≤ tanh(Δ_g/4)·range_g(v), Δ_g ≤ 2R.
-                 2  The enclosure of L6 has each of these steps within it: `bound` is never above.
+                 2  The enclosure of L6 has each of these steps within it, if R is at least the balls' ‖σq‖·radius: then
+                    `bound` is never above. For a smaller R it may be.
     Equality     R = 0, two segments, counts ignored. Two keys in one segment, in the limit R → 0.
 Loose        nowhere, in that each is reached; L6a by the largest R for all segments, and all rows.
 
@@ -147,6 +148,23 @@ def test_pooling_is_within_its_bound(tight: Tight, case: Case) -> None:
 @given(case=problems())
 def test_the_bound_from_a_radius_holds_and_is_never_below(tight: Tight, case: Case) -> None:
     target(judge_radius(tight, case))
+
+
+def test_never_above_the_bound_from_any_radius_is_false(tight: Tight) -> None:
+    """With R = max |x_j|, less than the balls tell, `bound` can only guess how far the farthest of twelve keys is."""
+    x, y = np.repeat([1.0, -1.0], 6), np.arange(12.0) - 5.5
+    case = Case(np.ones((1, 2)), np.stack([x / 2 + y, x / 2 - y], axis=1), np.eye(12)[:, :1], options(12))
+    known = pooling.bound_from_radius(1.0, 1.0, 0.0)
+    assert (tight("L6a", error(case), known, slack(known, 4 * LIBM)) <= 1) and (judge(tight, case) <= 1)
+    assert (pooling.bound(*case[:3], **case.options) > known + charged(case)).all()
+
+
+@pytest.mark.parametrize("q", [[-1.0, 0.0], [-1e-300, -1e100]])
+def test_where_squares_of_keys_overflow_the_range_of_the_values_is_left(q: list[float]) -> None:
+    k = np.array([[0.0, 3.0], [3.0, 0.0], [-1.0, 3.0], [3e150, 1e200], [3e160, 3e150]])
+    case = Case(np.array([q]), k, np.arange(5.0)[:, None], options(3))
+    o = pooling.attend(*case[:3], **case.options)
+    assert (pooling.bound(*case[:3], **case.options) == np.maximum(4 - o, o)).all()
 
 
 @given(count=st.integers(1, 12), span=st.integers(0, 2560))

@@ -47,7 +47,7 @@ from hypothesis import strategies as st
 from proofs.exact import SHARP, Array, Tight, dot, exact, grid, highest, norm, number, row, slack
 from proofs.memory import unrolled
 from refattn import rounding
-from refattn.memory import memformer
+from refattn.memory import _slots, memformer
 from refattn.testing import Ball, assert_within
 from refattn.testing.strategies import Case, cases
 
@@ -395,12 +395,12 @@ def test_one_bit_in_a_replayed_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -
     rng = np.random.default_rng(0)
     q, k, v, do = rng.standard_normal((4, 8, 3))
     arrays = (q, k, v, *memformer.draw(rng, q, k, v, slots=2))
-    plain, work = unrolled.vjp(do, *arrays, segment=2), memformer._memories
+    plain, work = unrolled.vjp(do, *arrays, segment=2), _slots.memories
 
     def changed(*args):
         return [(rows, keys, np.nextafter(m, 2) if n == 1 else m) for n, (rows, keys, m) in enumerate(work(*args))]
 
-    monkeypatch.setattr(memformer, "_memories", changed)
+    monkeypatch.setattr(_slots, "memories", changed)
     assert any((a != b).any() for a, b in zip(memformer.vjp(do, *arrays, segment=2), plain, strict=True))
 
 

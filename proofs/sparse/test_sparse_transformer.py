@@ -25,7 +25,6 @@ False   That every key of C is reached in two steps of A₁ ∪ A₂ bounds one 
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,10 +32,9 @@ from flint import arb
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
-from proofs.dropping import Seen, judge
-from proofs.exact import SHARP, Array, Tight, distance, number, slack
-from refattn import dropped, masks, rounding, softmax
-from refattn.rounding import gamma
+from proofs.dropping import Seen, judge, judge_merge, reaches, shares
+from proofs.exact import SHARP, Array, Tight
+from refattn import masks, rounding
 from refattn.sparse import sparse_transformer
 from refattn.sparse.sparse_transformer import PATTERNS
 from refattn.testing import Ball
@@ -94,10 +92,7 @@ def test_the_sparse_transformer_is_within_its_bound(tight: Tight, case: Case) ->
 
 @given(case=problems())
 def test_values_that_mark_what_a_row_drops_reach_the_bound(tight: Tight, case: Case) -> None:
-    kept, gone = pattern(case)
-    case = case.given(v=gone.T.astype(float))
-    bound, (ratios, room) = case.bound().diagonal(), (x.diagonal() for x in judge(tight, case, kept, gone))
-    assert ((ratios > SHARP) | (bound * (1 - SHARP) <= 2 * room)).all()  # unless too small a bound to be seen
+    assert reaches(tight, case, *pattern(case))
 
 
 @given(case=problems())
@@ -137,20 +132,12 @@ def test_heads_in_turn_are_within_the_bound_of_their_own_part(tight: Tight, case
 # --- two heads --------------------------------------------------------------------------------------------------------
 
 
-def shares(case: Case, seen: dict[str, Seen]) -> tuple[Any, Any]:
-    """Return e^ℓ of both parts as columns, scaled to sum 1 where a row sees something."""
-    (q, k, _), none = (Ball.lift(case.arrays[s]) for s in "qkv"), Ball.lift(np.zeros((case.sizes["S"], 0)))
-    z = [softmax.partial(q, k, none, mask=seen[s], scale=case.options.get("scale")).lse.reshape(-1, 1) for s in BOTH]
-    first, second = map(np.exp, z)
-    whole = first + second + np.where(seen["merged"].any(axis=1, keepdims=True), 0.0, 1.0)
-    return first / whole, second / whole
-
-
 @given(case=problems())
 def test_averaging_heads_over_disjoint_parts_errs_by_their_unequal_shares(case: Case) -> None:
     seen = parts(case)
     case = case.given(mask=~(seen["first"] & seen["second"]) & seen["exact"])
-    (alpha, _), live = shares(case, parts(case)), parts(case)["merged"].any(axis=1)
+    seen = parts(case)
+    (alpha, _), live = shares(case, *(seen[part] for part in BOTH)), seen["merged"].any(axis=1)
     one, two, merged = (lifted(case, part).attend() for part in (*BOTH, "merged"))
     error, stated = (one + two) * 0.5 - merged, (0.5 - alpha) * (one - two)
     assert all(a.overlaps(b) for a, b in zip(error[live].cells.flat, stated[live].cells.flat, strict=True))
@@ -166,19 +153,15 @@ def test_the_parts_share_the_own_key_or_the_last_columns_of_the_own_block(case: 
     assert ((seen["first"] & seen["second"]) == (own & seen["exact"])).all()
 
 
-def judge_merge(tight: Tight, case: Case) -> list[float]:
-    """Judge how far the merge of the two heads is from one softmax over both parts, row by row."""
-    one, two, merged = (lifted(case, part).weights()["v"] for part in (*BOTH, "merged"))
-    first, second = shares(case, parts(case))
-    counted, bound = first * one + second * two, dropped.double_count(2)
-    room = slack(bound, 3) + gamma(2) * math.sqrt(2)  # of a quotient with derivative at most ½ in the root of 2
-    rows = zip(counted.cells, merged.cells, strict=True)
-    return [tight("S4", number(distance(list(a), list(b))), bound, room) for a, b in rows]
+def merge(tight: Tight, case: Case) -> list[float]:
+    """Judge the merge of the two heads."""
+    one, two, union = (lifted(case, part).weights()["v"] for part in (*BOTH, "merged"))
+    return judge_merge(tight, shares(case, *(parts(case)[part] for part in BOTH)), (one, two), union)
 
 
 @given(case=problems())
 def test_merging_the_two_heads_counts_what_they_share_twice(tight: Tight, case: Case) -> None:
-    target(max(judge_merge(tight, case)))
+    target(max(merge(tight, case)))
 
 
 def peaked(kind: str, T: int, length: int, logits: Array, v: Array, part: str = "merged") -> Case:
@@ -194,7 +177,7 @@ def test_an_own_key_of_mass_one_over_one_plus_root_two_reaches_it(tight: Tight, 
     T = 3 * length
     others = keys(T, T, kind, length)["merged"][-1].sum() - 1
     own = np.where(np.arange(T) == T - 1, math.log(others / math.sqrt(2)), 0.0)  # the last row's is a last column too
-    assert judge_merge(tight, peaked(kind, T, length, own, np.zeros(T)))[-1] > SHARP
+    assert merge(tight, peaked(kind, T, length, own, np.zeros(T)))[-1] > SHARP
 
 
 @pytest.mark.parametrize("kind", PATTERNS)

@@ -202,16 +202,18 @@ def bound(
     """
     o = attend(q, k, v, size=size, counts=counts, scale=scale)
     q, k, v, _ = _inputs(q, k, v, size, counts)
-    sigma, blocks, out = _check.scale(scale, q.shape[-1]), Blocks.of(k, size), np.zeros(o.shape)
+    sigma, out = _check.scale(scale, q.shape[-1]), np.zeros(o.shape)
+    with np.errstate(all="ignore"):  # where numbers overflow, only the values' range is known
+        blocks = Blocks.of(k, size)
     joined = leads({"o": o.shape[:-2], "q": q.shape[:-2]}, {"k": k.shape[:-2], "v": v.shape[:-2]})
     for n in range(math.prod(joined.shape)):
         own, queries, values = (matrix(x, joined.of[s][n]) for s, x in (("o", o), ("q", _check.widened(q)), ("v", v)))
         claim, summary = perturbation.trivial(values, own), blocks.one(joined.of["k"][n])
         for rows in tiles(np.arange(len(own)), len(summary.count)):
-            with np.errstate(all="ignore"):  # where logits overflow the bound is NaN
+            with np.errstate(all="ignore"):
                 low, high = _enclosure(sigma * queries[rows], values, summary)
                 off = np.maximum(np.maximum(high - own[rows], own[rows] - low), 0.0)
-            claim[rows] = np.minimum(claim[rows], off)
+            claim[rows] = np.fmin(claim[rows], off)
         matrix(out, n)[:] = claim
     return out
 
@@ -219,7 +221,7 @@ def bound(
 def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None = None) -> NDArray[np.float64]:
     r"""How far the ends lo and hi of L6, as `bound` computes them, may be inside the real ones, (T,).
 
-    With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + D + 8} X`
+    With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + 2D + 8} X`
     for the largest count c. The upper end has slope at most 1 in R₊, the lower one at most 2c in R₋ ≥ R₊/(c − 1); with
     the variance, which is off by η² and cut at R₋R₊, it moves by at most 2cη more. Evaluation is within 32 roundings
     of 1 + R, R ≤ 2X. What else the variance may be off by, `refattn.dropped.Blocks.deviation` rounds outward.
@@ -227,7 +229,7 @@ def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None 
     q, k = (np.abs(np.asarray(_check.array(s, x, f"{s} D"), np.float64)) for s, x in (("q", q), ("k", k)))
     most = max(_check.parts("size", size, k.shape[-2]), default=1)
     reach = abs(_check.scale(scale, q.shape[-1])) * (q @ k.max(axis=-2, initial=0.0))
-    return 4 * (most + 1) * gamma(most + q.shape[-1] + 40) * (reach + 1)
+    return 4 * (most + 1) * gamma(most + 2 * q.shape[-1] + 40) * (reach + 1)
 
 
 def bound_from_radius(radius: float, within: float, across: float, *, ratio: float = 1.0) -> float:
@@ -237,13 +239,12 @@ def bound_from_radius(radius: float, within: float, across: float, *, ratio: flo
         |\tilde o - o| \le \tanh\!\big(\tfrac14 (\ln \cosh R + \ln r)\big) \operatorname*{range}_g \bar v_g
         + \tanh\!\big(\tfrac12 R\big) \max_g \operatorname*{range}_{j \in g} v_j
 
-    `bound` is never above it. With R = 0, all keys of a segment being equal, what is left is what ignoring the counts
-    costs: (√r − 1)/(√r + 1).
+    With R = 0, all keys of a segment being equal, what is left is what ignoring the counts costs: (√r − 1)/(√r + 1).
 
     Parameters
     ----------
     radius
-        R ≥ |σ|‖q‖·‖k_j − k̄_g|| for every key, or any other bound of |σ q·(k_j − k̄_g)|.
+        R ≥ |σ|‖q‖·‖k_j − k̄_g‖ for every key: then `bound` is never above. Or any other bound of |σ q·(k_j − k̄_g)|.
     within, across
         The largest range of values in a segment, and the range of the segments' mean values.
     ratio
@@ -354,5 +355,5 @@ def _highest(up: Array, down: Array, x: Array) -> Array:
         total = w.sum(axis=1)
         new = np.divide((w * x).sum(axis=1), total, out=x.max(axis=1), where=total > LEAST)
         if not (new > t).any():
-            return t
+            return np.maximum(t, new)  # NaN where x is
         t = np.maximum(t, new)

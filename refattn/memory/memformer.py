@@ -15,17 +15,17 @@ output is not linear in v.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, engines, masks, softmax
-from refattn.arithmetic import Arithmetic, concatenate
+from refattn import _check, engines, softmax
+from refattn.arithmetic import concatenate
 from refattn.engines import Backend
-from refattn.heads import leads, unbroadcast
+from refattn.heads import leads
+from refattn.memory import _slots
+from refattn.memory._slots import How, Inputs
 from refattn.method import Cost, Method, Option
 
 METHOD = Method(
@@ -151,7 +151,7 @@ def attend(
            [-1.]])
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, backend)
-    return _reads(x, how, _memories(x, how))
+    return _slots.reads(x, how, _slots.memories(x, how))
 
 
 def weights(
@@ -177,7 +177,7 @@ def weights(
            [0.5, 0.5]])
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, "numpy")
-    through = _memories(x, how)
+    through = _slots.memories(x, how)
     return concatenate(*(softmax.weights(x.q[..., r, :], m @ x.w_key, scale=scale) for r, _, m in through), axis=-2)
 
 
@@ -216,7 +216,7 @@ def read(
     array([[0.]])
     """
     x = _arrays(q=q, memory=memory, w_key=w_key, w_value=w_value)
-    return _read(x["q"], x["memory"], x["w_key"], x["w_value"], _how(1, 1.0, scale, backend))
+    return _slots.read(x["q"], x["memory"], x["w_key"], x["w_value"], _how(1, 1.0, scale, backend))
 
 
 def write(
@@ -262,7 +262,7 @@ def write(
     """
     x = _arrays(memory=memory, k=k, v=v, w_query=w_query, w_key=w_key)
     how = _how(1, temperature, scale, backend)
-    return _write(x["memory"], x["k"], x["v"], x["w_query"], x["w_key"], how)
+    return _slots.write(x["memory"], x["k"], x["v"], x["w_query"], x["w_key"], how)
 
 
 def forget(memory: ArrayLike, retention: ArrayLike) -> NDArray[np.float64]:
@@ -293,7 +293,7 @@ def forget(memory: ArrayLike, retention: ArrayLike) -> NDArray[np.float64]:
            [ 0.6, -0.8]])
     """
     x = _arrays(memory=memory, retention=retention)
-    return _direction(x["memory"] + x["retention"])[0]
+    return _slots.direction(x["memory"] + x["retention"])[0]
 
 
 def vjp(
@@ -329,26 +329,7 @@ def vjp(
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, backend)
     lead = leads({"q": x.q.shape[:-2]}, {s: y.shape[:-2] for s, y in x._asdict().items() if s != "q"}).shape
     do = _check.shaped("do", do, "T E", (*lead, x.q.shape[-2], x.v.shape[-1]))
-    kept = list(_memories(x, how))
-    g, later = Gradients(*(np.zeros(y.shape) for y in x)), np.zeros(kept[0][2].shape)
-    for n, (rows, keys, memory) in reversed(list(enumerate(kept))):
-        if n + 1 < len(kept):
-            g, later = _replay(g, later, memory, keys, x, how)
-        of = softmax.vjp(
-            do[..., rows, :],
-            x.q[..., rows, :],
-            memory @ x.w_key,
-            memory @ x.w_value,
-            scale=how.scale,
-            backend=how.backend,
-        )
-        later = later + of.k @ x.w_key.mT + of.v @ x.w_value.mT
-        g = g._replace(
-            q=_put(g.q, rows, of.q),
-            w_key=g.w_key + unbroadcast(memory.mT @ of.k, x.w_key.shape),
-            w_value=g.w_value + unbroadcast(memory.mT @ of.v, x.w_value.shape),
-        )
-    return g._replace(retention=g.retention + unbroadcast(_pull(later, *_direction(x.retention)), x.retention.shape))
+    return Gradients(*_slots.backward(do, x, how))
 
 
 def step(
@@ -379,17 +360,14 @@ def step(
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, backend)
     _check.size("k", x.k.shape[-2], x.q.shape[-2], "S", "q's T")
-    if state is None:
-        start = State(_first(x), x.k[..., :0, :], x.v[..., :0, :])
-    else:
-        start = _started(state, x, how)
-    x = x._replace(k=_stacked(start.k, x.k), v=_stacked(start.v, x.v))
+    start = _started(state, x, how)
+    x = x._replace(k=_slots.stacked(start.k, x.k), v=_slots.stacked(start.v, x.v))
     S = x.k.shape[-2]
-    through = list(_memories(x, how, start.memory))
-    o = _reads(x, how, through)
+    through = list(_slots.memories(x, how, start.memory))
+    o = _slots.reads(x, how, through)
     _, keys, memory = through[-1]
     if S and S % how.segment == 0:
-        memory, keys = _next(memory, keys, x, how), slice(S, S)
+        memory, keys = _slots.after(memory, keys, x, how), slice(S, S)
     return o, State(memory, x.k[..., keys, :].copy(), x.v[..., keys, :].copy())
 
 
@@ -439,7 +417,7 @@ def draw(
     if S:
         picked = np.take_along_axis(v, rng.integers(0, S, (*lead, n, 1)), axis=-2)
         away = np.where((picked == 0).all(axis=-1, keepdims=True), away, picked)
-    retention = 2 * length.max(axis=-2, initial=1.0, keepdims=True) * _direction(away)[0]
+    retention = 2 * length.max(axis=-2, initial=1.0, keepdims=True) * _slots.direction(away)[0]
     w_key = mean * (np.linalg.pinv(v, rcond=_RANK) @ x["k"])
     return w_key.copy(), w_key, mean * np.broadcast_to(np.eye(E), (*lead, E, E)), retention
 
@@ -453,7 +431,7 @@ def cost(T: int, S: int, D: int, E: int, *, slots: int, segment: int) -> Cost:
     """
     _check.sizes(T, S, D, E)
     n, L = _check.integer("slots", slots, 1), _check.integer("segment", segment, 1)
-    cut = _cut(T, S, L)
+    cut = _slots.segments(T, S, L)
     writes = len(cut) - 1
     pairs = T * n + writes * n * (L + 1)
     projections = 2 * n * E * (len(cut) * (D + E) + writes * 2 * D)
@@ -464,27 +442,6 @@ def cost(T: int, S: int, D: int, E: int, *, slots: int, segment: int) -> Cost:
 _AXES = {**METHOD.arrays, "memory": "n E"}
 _RANK = 2.0**-26
 """Singular values of V below this part of the largest are rounding's as much as V's: the root of u."""
-
-
-class _Inputs(NamedTuple):
-    """The arrays of `attend`, checked."""
-
-    q: Any
-    k: Any
-    v: Any
-    w_query: Any
-    w_key: Any
-    w_value: Any
-    retention: Any
-
-
-class _How(NamedTuple):
-    """The options of `attend`, checked."""
-
-    segment: int
-    temperature: float
-    scale: float | None
-    backend: Backend
 
 
 def _arrays(**given: Any) -> dict[str, Any]:
@@ -506,23 +463,25 @@ def _arrays(**given: Any) -> dict[str, Any]:
     return {name: x if name in "qkv" else _check.widened(x) for name, x in arrays.items()}
 
 
-def _fit(*arrays: Any) -> _Inputs:
+def _fit(*arrays: Any) -> Inputs:
     """Check the arrays of `attend`."""
-    return _Inputs(**_arrays(**dict(zip(_Inputs._fields, arrays, strict=True))))
+    return Inputs(**_arrays(**dict(zip(Inputs._fields, arrays, strict=True))))
 
 
-def _how(segment: Any, temperature: Any, scale: Any, backend: Any) -> _How:
+def _how(segment: Any, temperature: Any, scale: Any, backend: Any) -> How:
     """Check the options of `attend`."""
     L, tau = _check.integer("segment", segment, 1), _check.positive("temperature", temperature)
     sigma = None if scale is None else _check.finite("scale", scale)
-    return _How(L, tau, sigma, engines.choose(backend, "softmax"))
+    return How(L, tau, sigma, engines.choose(backend, "softmax"))
 
 
-def _started(state: Any, x: _Inputs, how: _How) -> State:
-    """Check a state, and that it fits."""
+def _started(state: Any, x: Inputs, how: How) -> State:
+    """Return the state to go on from, after checking that it fits."""
+    if state is None:
+        return State(_slots.first(x), x.k[..., :0, :], x.v[..., :0, :])
     if not isinstance(state, State):
         raise TypeError(f"state is {state!r}; expected a State that step returned, or None")
-    _check.shaped("state.memory", state.memory, "n E", _first(x).shape)
+    _check.shaped("state.memory", state.memory, "n E", _slots.first(x).shape)
     k, v = _check.array("state.k", state.k, "S D"), _check.array("state.v", state.v, "S E")
     pending = k.shape[-2]
     if pending >= how.segment:
@@ -530,114 +489,3 @@ def _started(state: Any, x: _Inputs, how: _How) -> State:
     _check.shaped("state.k", k, "S D", (*x.k.shape[:-2], pending, x.k.shape[-1]))
     _check.shaped("state.v", v, "S E", (*x.v.shape[:-2], pending, x.v.shape[-1]))
     return state
-
-
-def _cut(T: int, S: int, L: int) -> list[tuple[slice, slice]]:
-    """Return the rows and the keys of each segment, up to the last row's; rows before the first key are its."""
-    last = max(0, S - 1) // L if T else 0
-    edges = [0, *(max(0, s * L - S + T) for s in range(1, last + 1)), T]
-    keys = (slice(s * L, min((s + 1) * L, S)) for s in range(last + 1))
-    return [(slice(*rows), of) for rows, of in zip(pairwise(edges), keys, strict=True)]
-
-
-def _first(x: _Inputs) -> Any:
-    """Return the memory before the first segment, with the leading axes of all that it will meet."""
-    memory = _direction(x.retention)[0]
-    if isinstance(memory, Arithmetic):
-        return memory
-    return np.broadcast_to(memory, np.broadcast_shapes(*(y.shape[:-2] for y in x[1:])) + memory.shape[-2:])
-
-
-def _memories(x: _Inputs, how: _How, memory: Any = None) -> Iterator[tuple[slice, slice, Any]]:
-    """Yield each segment's rows, its keys, and the memory before it."""
-    memory = _first(x) if memory is None else memory
-    cut = _cut(x.q.shape[-2], x.k.shape[-2], how.segment)
-    for n, (rows, keys) in enumerate(cut):
-        if n:
-            memory = _next(memory, cut[n - 1][1], x, how)
-        yield rows, keys, memory
-
-
-def _next(memory: Any, keys: slice, x: _Inputs, how: _How) -> Any:
-    """Return the memory after a segment: written, then forgotten."""
-    k, v = x.k[..., keys, :], x.v[..., keys, :]
-    return _direction(_write(memory, k, v, x.w_query, x.w_key, how) + x.retention)[0]
-
-
-def _reads(x: _Inputs, how: _How, through: Iterable[tuple[slice, slice, Any]]) -> Any:
-    """Return what all rows read."""
-    parts = [_read(x.q[..., rows, :], memory, x.w_key, x.w_value, how) for rows, _, memory in through]
-    return concatenate(*parts, axis=-2)
-
-
-def _read(q: Any, memory: Any, w_key: Any, w_value: Any, how: _How) -> Any:
-    return softmax.attend(q, memory @ w_key, memory @ w_value, scale=how.scale, backend=how.backend)
-
-
-def _write(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: _How) -> Any:
-    arrays, options = _asked(memory, k, v, w_query, w_key, how)
-    return softmax.attend(*arrays, **options)
-
-
-def _asked(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: _How) -> tuple[Any, dict[str, Any]]:
-    """Return a write as softmax attention in which each slot sees its own row and all inputs.
-
-    τ divides the queries and not the scale, whose default is the real number 1/√D.
-    """
-    n, L = memory.shape[-2], k.shape[-2]
-    mask = masks.dense(np.concatenate([np.eye(n, dtype=bool), np.ones((n, L), bool)], axis=1))
-    arrays = memory @ w_query / how.temperature, _stacked(memory @ w_key, k), _stacked(memory, v)
-    return arrays, {"mask": mask, "scale": how.scale, "backend": how.backend}
-
-
-def _replay(g: Gradients, later: Any, memory: Any, keys: slice, x: _Inputs, how: _How) -> tuple[Gradients, Any]:
-    """Compute a segment's write again, and return the gradients with its share and that of the memory before it."""
-    n, k, v = memory.shape[-2], x.k[..., keys, :], x.v[..., keys, :]
-    arrays, options = _asked(memory, k, v, x.w_query, x.w_key, how)
-    later = _pull(later, *_direction(softmax.attend(*arrays, **options) + x.retention))
-    of = softmax.vjp(later, *arrays, **options)
-    asked, own, k_seen, v_seen = of.q / how.temperature, of.k[..., :n, :], of.k[..., n:, :], of.v[..., n:, :]
-    g = g._replace(
-        k=_put(g.k, keys, unbroadcast(k_seen, k.shape)),
-        v=_put(g.v, keys, unbroadcast(v_seen, v.shape)),
-        w_query=g.w_query + unbroadcast(memory.mT @ asked, x.w_query.shape),
-        w_key=g.w_key + unbroadcast(memory.mT @ own, x.w_key.shape),
-        retention=g.retention + unbroadcast(later, x.retention.shape),
-    )
-    return g, of.v[..., :n, :] + own @ x.w_key.mT + asked @ x.w_query.mT
-
-
-def _stacked(above: Any, below: Any) -> Any:
-    """Return rows under rows, in float64."""
-    if isinstance(above, Arithmetic) or isinstance(below, Arithmetic):
-        return concatenate(above, below)
-    lead = np.broadcast_shapes(above.shape[:-2], below.shape[:-2])
-    return np.concatenate([np.broadcast_to(_check.widened(x), lead + x.shape[-2:]) for x in (above, below)], axis=-2)
-
-
-def _direction(x: Any) -> tuple[Any, Any]:
-    """Return each row divided by its length, and the length; a power of two is taken out of its squares."""
-    x = _check.widened(x)
-    top = np.abs(x.floats() if isinstance(x, Arithmetic) else x).max(axis=-1, initial=0.0, keepdims=True)
-    if (top == 0).any():
-        slot = np.argwhere(top == 0)[0][-2]
-        raise ValueError(
-            f"retention leaves slot {slot} at 0, which has no direction; expected rows that no slot cancels"
-        )
-    top = np.ldexp(1.0, np.where(np.isfinite(top), np.frexp(top)[1] - 1, 0))
-    x = x / top
-    length = np.sqrt((x * x).sum(axis=-1, keepdims=True))
-    return x / length, length * top
-
-
-def _pull(dy: Any, y: Any, length: Any) -> Any:
-    """Return the gradient of x from that of its direction y = x/‖x‖."""
-    return (dy - y * (y * dy).sum(axis=-1, keepdims=True)) / length
-
-
-def _put(whole: Any, rows: slice, part: Any) -> Any:
-    """Return an array with some of its rows replaced, in place where that can be."""
-    if isinstance(part, Arithmetic):
-        return concatenate(whole[: rows.start], part, whole[rows.stop :])
-    whole[..., rows, :] = part
-    return whole

@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, dropped, masks, softmax
-from refattn.arithmetic import Arithmetic
-from refattn.dropped import Blocks, Interval
+from refattn import dropped, masks, softmax
+from refattn.dropped import Interval
 from refattn.engines import Backend
 from refattn.heads import Leads, leads
-from refattn.masks import Mask, MaskLike
+from refattn.masks import MaskLike
+from refattn.memory._stream import BLOCKS, State, Stream, pattern
 from refattn.method import Claim, Cost, Method, Option
 
 METHOD = Method(
@@ -53,11 +53,6 @@ METHOD = Method(
     claims=(Claim(verb="bound", statement="S1"),),
 )
 
-Ints = NDArray[np.int64]
-
-BLOCKS = 8
-"""How many summaries of evicted keys a state holds, at most, unless told: D² numbers each, however long the stream."""
-
 
 class Gradients(NamedTuple):
     """Gradients by argument name."""
@@ -65,21 +60,6 @@ class Gradients(NamedTuple):
     q: Any
     k: Any
     v: Any
-
-
-class State(NamedTuple):
-    """What a stream holds after `position` tokens.
-
-    `k` (..., n, D) and `v` (..., n, E) are the keys and values that a later row can still see. Of what was evicted
-    there are a summary of the keys, `evicted`, and each column's least and greatest value, `low` and `high` (..., E).
-    """
-
-    position: int
-    k: Any
-    v: Any
-    evicted: Blocks
-    low: Any
-    high: Any
 
 
 class Certificate(NamedTuple):
@@ -147,7 +127,7 @@ def attend(
            [4.5],
            [6. ]])
     """
-    pairs = masks.meet(mask, _pattern(length, memory, sinks))
+    pairs = masks.meet(mask, pattern(length, memory, sinks))
     return softmax.attend(q, k, v, mask=pairs, scale=scale, backend=backend)
 
 
@@ -168,7 +148,7 @@ def weights(
     >>> segments.weights(x, x, memory=1, sinks=1)[3].round(3)
     array([0.333, 0.   , 0.333, 0.333])
     """
-    return softmax.weights(q, k, mask=masks.meet(mask, _pattern(length, memory, sinks)), scale=scale)
+    return softmax.weights(q, k, mask=masks.meet(mask, pattern(length, memory, sinks)), scale=scale)
 
 
 def vjp(
@@ -195,7 +175,7 @@ def vjp(
     array([[1.5],
            [0.5]])
     """
-    pairs = masks.meet(mask, _pattern(length, memory, sinks))
+    pairs = masks.meet(mask, pattern(length, memory, sinks))
     return Gradients(*softmax.vjp(do, q, k, v, mask=pairs, scale=scale, backend=backend)[:3])
 
 
@@ -228,7 +208,7 @@ def step(
     >>> segments.step(state, [[0.0]], [[0.0]], [[7.0]], memory=1)[0]
     array([[6.]])
     """
-    now = _Stream(state, q, k, v, length, memory, sinks)
+    now = Stream(state, q, k, v, length, memory, sinks)
     o = softmax.attend(q, now.k, now.v, mask=now.seen(), scale=scale, backend=backend)
     return o, now.later()
 
@@ -260,14 +240,14 @@ def certify(
     Parameters
     ----------
     blocks : int
-        How many summaries there are, at most. More are tighter and dearer: a token costs O(blocks·D²) beside its
-        attention, and so does the state.
+        How many summaries there are, at most. More are tighter and dearer: a token costs O(blocks·D·(blocks + D))
+        beside its attention, and the state O(blocks·D²).
 
     Returns
     -------
     Certificate, State
-        Mathematical: rounding is not in it. The state is the one that `step` returns. Any split gives the same bounds,
-        up to the rounding of o and lse.
+        Mathematical: rounding is not in it. The state is the one that `step` returns, but for the number of blocks. Any
+        split gives the same bounds, up to the rounding of o and lse.
 
     Raises
     ------
@@ -282,7 +262,7 @@ def certify(
     >>> print(mass.high.round(12), error.ravel().round(12), state.k.shape)
     [0.         0.5        0.66666667] [0.  1.5 2. ] (0, 1)
     """
-    now = _Stream(state, q, k, v, length, memory, sinks, blocks)
+    now = Stream(state, q, k, v, length, memory, sinks, blocks)
     o, lse = softmax.partial(q, now.k, now.v, mask=now.seen(), scale=scale)
     mass, error = Interval(np.zeros(lse.shape), np.zeros(lse.shape)), np.zeros(o.shape)
     joined = leads({"q": o.shape[:-2]}, {"v": np.shape(v)[:-2]})
@@ -348,8 +328,8 @@ def bound(
            [1.5],
            [2. ]])
     """
-    pattern = _pattern(length, memory, sinks)
-    return dropped.bound(q, k, v, kept=pattern, mask=masks.meet(mask, masks.causal()), scale=scale)
+    kept = pattern(length, memory, sinks)
+    return dropped.bound(q, k, v, kept=kept, mask=masks.meet(mask, masks.causal()), scale=scale)
 
 
 def cost(
@@ -369,84 +349,10 @@ def cost(
     >>> segments.cost(4, 4, 2, 2, length=2, memory=1).pairs
     8
     """
-    _check.sizes(T, S, D, E)
-    pairs = int(np.max(masks.meet(mask, _pattern(length, memory, sinks)).on(T, S).count, initial=0))
-    return Cost(pairs=pairs, flops=2 * pairs * (D + E), bytes=8 * (T + S) * (D + E))
-
-
-def _pattern(length: int, memory: int, sinks: int) -> Mask:
-    near = masks.segmented(length, memory)
-    return near if _check.integer("sinks", sinks, 0) == 0 else near | (masks.prefix(sinks) & masks.causal())
+    return softmax.cost(T, S, D, E, mask=masks.meet(mask, pattern(length, memory, sinks)))
 
 
 def _repeated(x: NDArray[np.float64], joined: Leads) -> NDArray[np.float64]:
     """Return what each problem reads of the values' extremes, (..., 1, E)."""
     E = x.shape[-1]
     return x.reshape(math.prod(x.shape[:-1]), E)[joined.of["v"]].reshape(*joined.shape, 1, E)
-
-
-class _Stream:
-    """Some tokens after a state: the keys at hand, which of them each row sees, and what it has lost.
-
-    `first` (T,) is where each row's window begins, or the sinks end if that is later: D_i = {sinks ≤ j < first_i}. Keys
-    at hand are the sinks and those from the first row's window on; key j ≥ sinks is at place j − `shift`.
-    """
-
-    def __init__(
-        self,
-        state: State | None,
-        q: Any,
-        k: Any,
-        v: Any,
-        length: int,
-        memory: int,
-        sinks: int,
-        blocks: int = BLOCKS,
-    ) -> None:
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if isinstance(x, Arithmetic):
-                raise TypeError(f"{name} is a {type(x).__name__}; expected an array of real numbers")
-        q, k, v = _check.qkv(q, k, v)
-        n, D, E = q.shape[-2], k.shape[-1], v.shape[-1]
-        _check.size("k", k.shape[-2], n, "S", "q's T")
-        _pattern(length, memory, sinks)
-        if state is None:
-            none = np.full((*v.shape[:-2], E), np.inf)
-            state = State(0, k[..., :0, :], v[..., :0, :], Blocks.of(k[..., :0, :], 1), none, -none)
-        elif not isinstance(state, State):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"state is {state!r}; expected a State that step returned, or None")
-        at: Ints = _check.integer("state.position", state.position, 0) + np.arange(n + 1, dtype=np.int64)
-        start: Ints = at // length * length - memory
-        begin = np.maximum(start, sinks)
-        held = min(state.position, sinks) + max(0, state.position - int(begin[0]))
-        _check.shaped("state.k", state.k, "n D", (*k.shape[:-2], held, D))
-        _check.shaped("state.v", state.v, "n E", (*v.shape[:-2], held, E))
-        self.sinks, self.shift = sinks, int(begin[0]) - sinks
-        self.k, self.v = (np.concatenate(pair, axis=-2) for pair in ((state.k, k), (state.v, v)))
-        self.at, self.start, self.first, self.next = at[:-1], start[:-1], begin[:-1], int(begin[-1])
-        self.state, self.done, self.blocks = state, int(begin[0]), _check.integer("blocks", blocks, 1)
-
-    def seen(self) -> Mask:
-        """Return which of the keys at hand each row sees."""
-        up_to = masks.causal().at(self.at - self.shift)
-        before = masks.causal().at(np.maximum(self.start - self.shift, 0) - 1)
-        return up_to & (~before | masks.prefix(self.sinks))
-
-    def forget(self, first: int) -> State:
-        """Evict the keys before `first` that are not evicted yet, and return the state, whose keys are the old ones."""
-        gone = slice(self.done - self.shift, first - self.shift)
-        k, v = self.k[..., gone, :], np.asarray(self.v[..., gone, :], np.float64)
-        self.done = max(self.done, first)
-        self.state = self.state._replace(
-            evicted=self.state.evicted.absorb(k, self.blocks),
-            low=np.minimum(self.state.low, v.min(axis=-2, initial=np.inf)),
-            high=np.maximum(self.state.high, v.max(axis=-2, initial=-np.inf)),
-        )
-        return self.state
-
-    def later(self) -> State:
-        """Return the state after these tokens."""
-        kept = slice(self.next - self.shift, None)
-        past = self.forget(self.next)
-        k, v = (np.concatenate((x[..., : self.sinks, :], x[..., kept, :]), axis=-2) for x in (self.k, self.v))
-        return past._replace(position=past.position + len(self.at), k=k, v=v)

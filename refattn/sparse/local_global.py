@@ -24,10 +24,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, dropped, engines, masks, perturbation, softmax
-from refattn._mix import tiles
+from refattn import _check, dropped, masks, softmax
+from refattn._pairs import integer
 from refattn.engines import Backend
-from refattn.heads import matrix
 from refattn.masks import Mask, MaskLike
 from refattn.method import Claim, Cost, Method, Option
 
@@ -144,7 +143,7 @@ def attend(
            [5.5],
            [5.5]])
     """
-    first, *rest = _parts(*_sizes(q, k), positions, block, form, mask)
+    first, *rest = _parts(*_check.lengths(q, k), positions, block, form, mask)
     o = softmax.attend(q, k, v, mask=first, scale=scale, backend=backend)
     return o if not rest else o + softmax.attend(q, k, v, mask=rest[0], scale=scale, backend=backend)
 
@@ -167,7 +166,7 @@ def weights(
     array([[2., 0.],
            [1., 1.]])
     """
-    first, *rest = _parts(*_sizes(q, k), positions, block, form, mask)
+    first, *rest = _parts(*_check.lengths(q, k), positions, block, form, mask)
     p = softmax.weights(q, k, mask=first, scale=scale)
     return p if not rest else p + softmax.weights(q, k, mask=rest[0], scale=scale)
 
@@ -193,7 +192,7 @@ def vjp(
     array([[3.],
            [1.]])
     """
-    parts = _parts(*_sizes(q, k), positions, block, form, mask)
+    parts = _parts(*_check.lengths(q, k), positions, block, form, mask)
     each = [softmax.vjp(do, q, k, v, mask=part, scale=scale, backend=backend)[:3] for part in parts]
     return Gradients(*each[0]) if len(each) == 1 else Gradients(*(a + b for a, b in zip(*each, strict=True)))
 
@@ -248,7 +247,7 @@ def bound(
     Returns
     -------
     (..., T, E) of float64
-        Mathematical: rounding is not in it. O(T·S·D) time for the union, O(T·S·E) for the sum, a tile at a time.
+        Mathematical: rounding is not in it. O(T·S·D) time for the union, a tile at a time.
 
     Examples
     --------
@@ -258,18 +257,12 @@ def bound(
     array([[1.],
            [1.]])
     """
-    T, S = _sizes(q, k)
+    T, S = _check.lengths(q, k)
     kept = _parts(T, S, positions, block, form, None)
     if form == "union":
         return dropped.bound(q, k, v, kept=kept[0], mask=mask, scale=scale)
     o = attend(q, k, v, positions=positions, block=block, form=form, mask=mask, scale=scale)
-    call = engines.problem(q, k, v, bias=None, sink=None, softcap=None, order="softcap, bias", mask=mask, scale=scale)
-    far, keys = np.zeros(o.shape), np.arange(S)
-    for n, one in enumerate(call.all()):
-        for rows in tiles(np.arange(T), S):
-            seen = None if one.pairs is None else one.pairs.seen(rows, keys)
-            matrix(far, n)[rows] = perturbation.trivial(one.v, matrix(o, n)[rows], seen)
-    return far
+    return dropped.reach(q, k, v, o, mask=mask)
 
 
 def cost(
@@ -296,23 +289,14 @@ def cost(
     return Cost(sum(x.pairs for x in parts), sum(x.flops for x in parts), parts[0].bytes)
 
 
-def _sizes(q: Any, k: Any) -> tuple[int, int]:
-    return int(_check.array("q", q, "T D").shape[-2]), int(_check.array("k", k, "S D").shape[-2])
-
-
 def _block(S: int, block: int | None) -> int:
-    return max(1, round(math.sqrt(S))) if block is None else _check.integer("block", block, 1)
+    return max(1, round(math.sqrt(S))) if block is None else integer("block", block, 1)
 
 
 def _parts(T: int, S: int, positions: Sequence[int], block: int | None, form: str, mask: Any) -> tuple[Mask, ...]:
     """Return the pairs of the one softmax, or of the two that are added, after checking what they are made of."""
     masks.bind(mask, T, S)
     _check.choice("form", form, FORMS)
-    if np.ndim(positions) != 1:
-        raise TypeError(f"positions is {positions!r}; expected a sequence of positions")
-    for x in positions:
-        if _check.integer("positions", x, 0) >= S:
-            raise ValueError(f"positions holds {x}; expected positions below S = {S}")
-    everyone = np.isin(np.arange(S), np.asarray(positions, np.int64)).astype(np.int64)
+    everyone = np.isin(np.arange(S), _check.positions("positions", positions, S)).astype(np.int64)
     local, wide = masks.block_local(_block(S, block)), masks.segments(np.ones(T, np.int64), everyone)
     return tuple(masks.meet(mask, part) for part in ((local | wide,) if form == "union" else (local, wide)))

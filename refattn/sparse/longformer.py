@@ -277,22 +277,16 @@ def cost(
     >>> longformer.cost(4, 4, 2, 2, window=1).pairs
     10
     """
-    _check.sizes(T, S, D, E)
     near = masks.dilated(window, window, dilation) | masks.global_tokens(tokens)
-    pairs = int(np.max(masks.meet(mask, near).on(T, S).count))
-    return Cost(pairs=pairs, flops=2 * pairs * (D + E), bytes=8 * (T + S) * (D + E))
+    return softmax.cost(T, S, D, E, mask=masks.meet(mask, near))
 
 
 def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]:
     """Return what the other rows may see, and what the rows of global tokens may see."""
-    T, S = (int(_check.array(s, x, axes).shape[-2]) for s, x, axes in (("q", q, "T D"), ("k", k, "S D")))
+    T, S = _check.lengths(q, k)
     masks.bind(mask, T, S)
-    if np.ndim(tokens) != 1:
-        raise TypeError(f"tokens is {tokens!r}; expected a sequence of positions")
-    for t in tokens:
-        if _check.integer("tokens", t, 0) >= S:
-            raise ValueError(f"tokens holds {t}; expected positions below S = {S}")
-    far = masks.segments(np.isin(np.arange(T) + S - T, np.asarray(tokens, int)).astype(int), np.ones(S, int))
+    rows = np.isin(np.arange(T) + S - T, _check.positions("tokens", tokens, S))
+    far = masks.segments(rows.astype(int), np.ones(S, int))
     return masks.meet(mask, ~far), masks.meet(mask, far)
 
 

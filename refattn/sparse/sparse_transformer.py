@@ -274,17 +274,13 @@ def cost(
 
 def _seen(q: Any, k: Any, mask: Any) -> Mask:
     """Return what causal attention sees."""
-    masks.bind(mask, *_sizes(q, k))
+    masks.bind(mask, *_check.lengths(q, k))
     return masks.meet(mask, masks.causal())
-
-
-def _sizes(q: Any, k: Any) -> tuple[int, int]:
-    return int(_check.array("q", q, "T D").shape[-2]), int(_check.array("k", k, "S D").shape[-2])
 
 
 def _kept(q: Any, k: Any, pattern: str, length: int, columns: int, part: str, mask: Any) -> Mask:
     """Return the pattern, after checking everything that it and the mask are made of."""
-    T, S = _sizes(q, k)
+    T, S = _check.lengths(q, k)
     masks.bind(mask, T, S)
     near, *far = _ways(T, S, pattern, length, columns, part)
     if not far:
