@@ -162,17 +162,20 @@ class Bounded(Arithmetic):
 
     def _sqrt(self) -> Bounded:
         with np.errstate(divide="ignore", invalid="ignore"):
-            value, least = np.sqrt(self.value), self.value - self.error
-            # |√a − √b| is |a − b| ÷ (√a + √b), where the real number is at least `least`; and at most √|a − b|
-            error = np.minimum(self.error / np.sqrt(np.maximum(least, 0.0)), np.sqrt(self.error))
+            # |√a − √b| is |a − b| ÷ (√a + √b), where the real number is at least value − error
+            value, error = np.sqrt(self.value), self.error / np.sqrt(self.value - self.error)
             error = np.where(self.error == 0, 0.0, error)
-            return Bounded(value, np.where(least >= 0, error + U * (value + 2 * error), np.inf))
+            return Bounded(value, np.where(2 * self.error <= self.value, error + U * (value + 2 * error), np.inf))
 
     def _sin(self) -> Bounded:
-        return Bounded(np.sin(self.value), np.minimum(self.error, 2.0) + TANH)
+        return self._wave(np.sin)
 
     def _cos(self) -> Bounded:
-        return Bounded(np.cos(self.value), np.minimum(self.error, 2.0) + TANH)
+        return self._wave(np.cos)
+
+    def _wave(self, f: Callable[[Array], Array]) -> Bounded:
+        with np.errstate(invalid="ignore"):  # of ∞ there is none
+            return Bounded(f(self.value), np.where(np.isfinite(self.bulk()), np.minimum(self.error, 2) + TANH, np.inf))
 
     def _maximum(self, other: Bounded) -> Bounded:
         return Bounded(np.maximum(self.value, other.value), np.maximum(self.error, other.error))

@@ -430,6 +430,9 @@ def test_what_may_be_anything_has_an_infinite_bound():
     assert (Bounded(1.0, 0.0) / Bounded(0.5, 1.0)).error == np.inf
     assert np.log(Bounded(0.5, 1.0)).error == np.inf
     assert np.sqrt(Bounded(0.5, 1.0)).error == np.inf
+    assert np.sqrt(Bounded(0.5, 0.375)).error == np.inf  # the real number is positive, another run need not be
+    for wave in (np.sin, np.cos):
+        assert wave(Bounded(np.inf, np.inf)).error == wave(Bounded(1.0, np.inf)).error == np.inf
     assert gamma(2**53) == np.inf
     assert gamma(4, u=0.125) == 1.0
 

@@ -149,6 +149,24 @@ def test_the_pull_back_is_the_directional_derivative(
     assert_within(0.0, along - truth, (room * abs(direction)).sum() * rounding.EVALUATION)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_have_the_shapes_of_their_arguments(kind: Kind) -> None:
+    """One ω for two heads gets what reaches it from both."""
+    rng = np.random.default_rng(0)
+    x, omega, dphi = (
+        rng.integers(-8, 9, shape) / 8 for shape in ((2, 3, 2), (4, 2), (2, 3, features.columns(kind, 4)))
+    )
+    dx, domega = features.vjp(dphi, x, omega, kind=kind)
+    alone, room = (
+        [f(*one, omega, kind=kind) for one in zip(dphi, x, strict=True)]
+        for f in (features.vjp, functools.partial(rounding.allowance, features.vjp))
+    )
+    assert_within(dx, np.stack([g[0] for g in alone]), 2 * np.stack([g[0] for g in room]))
+    total = sum(g[1] for g in alone)
+    own = sum(g[1] + gamma(2) * (abs(h[1]) + g[1]) for g, h in zip(room, alone, strict=True))
+    assert_within(domega, total, 2 * own)
+
+
 @given(data=st.data(), kind=st.sampled_from(EXPONENTIAL), scale=st.sampled_from([None, 0.25]))
 def test_as_a_feature_map_they_make_linear_attention_a_performer(
     data: st.DataObject, kind: Kind, scale: float | None

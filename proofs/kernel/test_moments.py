@@ -623,6 +623,10 @@ def test_short_vectors_miss_as_much_as_they_may(tight: Tight, depth: int) -> Non
     assert judge_order(tight, "R5", -log_ratio(t, depth), beta(t, depth)) > SHARP
 
 
+def test_the_distance_of_far_keys_is_one() -> None:
+    assert moments.regularized_total_variation([1e100, 1e200, math.inf], 4).tolist() == [1.0, 1.0, 1.0]
+
+
 def judge_attention(tight: Tight, x: Array, y: Array) -> float:
     """Judge the distance of softmax's weights to those of infinitely many rows of norm √D."""
     D, x_ = len(x), exact(x)
@@ -680,6 +684,9 @@ def test_rows_of_one_norm_are_uniformly_close_to_softmax_is_false() -> None:
         (lambda: moments.cross_covariances([1.0], [1.0], kind="positive"), "y has shape"),
         (lambda: moments.orthogonal_gain(np.zeros((1, 0)), np.zeros((1, 0))), "x has depth"),
         (lambda: moments.orthogonal_variance([[1.0]], [[1.0]], 2), "count is 2"),
+        (lambda: moments.orthogonal_gain([[1e5, 0.0]], [[1.0, 0.0]]), "x and y have"),
+        (lambda: moments.orthogonal_variance([[1e200, 0.0]], [[1.0, 0.0]], 2), "x and y have"),
+        (lambda: moments.regularized_log_ratio([[math.nan]], [[1.0]]), "x and y have"),
         (lambda: moments.tail_radius(P, V, np.eye(3), 4, 0.5), "covariances has S = 3"),
         (lambda: moments.tail_radius(P, V[:1], np.eye(2), 4, 0.5), "v has S = 1"),
         (lambda: moments.tail_radius(P, V, np.eye(2), 0, 0.5), "count is 0"),

@@ -266,6 +266,11 @@ def test_the_logarithm_of_the_kernel_is_as_far_off_as_the_claim_is_charged(
     assert_within(np.log(values) - s, Ball(np.array(truth, object)), charged)
 
 
+def test_what_overflows_is_charged_everything() -> None:
+    with np.errstate(over="ignore"):
+        assert polynomial.claim_logits([[1e200]], [[1e200]]) == np.inf
+
+
 def test_two_keys_reach_it(tight: Tight) -> None:
     k = np.array(copies(-2.0, 2.0, 2, "taylor"))[:, None]
     arrays = {"q": np.ones((1, 1)), "k": k, "v": (k < 0).astype(float)}

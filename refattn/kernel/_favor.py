@@ -16,30 +16,19 @@ from typing import Any, Literal, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import _check, linear
-from refattn._mix import tiles
+from refattn import linear
 from refattn.arithmetic import Arithmetic, concatenate
 from refattn.engines import Backend
 from refattn.heads import leads
 from refattn.kernel import _ratio, features
-from refattn.kernel._feature_map import FeatureMap
+from refattn.kernel._feature_map import IDENTITY
+from refattn.kernel._scale import root, scaled
 from refattn.kernel.features import EXPONENTIAL, Kind
 from refattn.rounding import Bounded
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Stabilizer = Literal["none", "max"]
-
-
-def _same(phi: Any) -> Any:
-    return phi
-
-
-def _pull_same(dphi: Any, phi: Any) -> Any:
-    return dphi
-
-
-PLAIN = FeatureMap("features", _same, _pull_same)
 
 
 class Features(NamedTuple):
@@ -75,7 +64,7 @@ class Head(NamedTuple):
     def sides(self) -> tuple[Any, Any, Any]:
         """√|σ|, ±q and k less its centre."""
         q = -self.q if self.scale is not None and self.scale < 0 else self.q
-        return features.root(self.scale, self.q.shape[1], self.q), q, self.k - self.centre
+        return root(self.scale, self.q.shape[1], self.q), q, self.k - self.centre
 
     def features(self, peak: Any = -np.inf) -> Features:
         """Return the features; `peak` is the largest y·ω of the past."""
@@ -110,27 +99,26 @@ class Head(NamedTuple):
         """Return what the linear engine is asked."""
         alone = leads({"q": (), "mask": ()}, {"k": (), "v": ()})
         return linear.Problem(
-            q=f.fq, k=f.fk, v=self.v, feature_map=PLAIN, ends=self.ends, eps=0.0, state=before, leads=alone
+            q=f.fq, k=f.fk, v=self.v, feature_map=IDENTITY, ends=self.ends, eps=0.0, state=before, leads=alone
         )
 
     def kappa(self, f: Features, rows: NDArray[np.intp]) -> Any:
         """Return κ of some rows, up to a factor of the row."""
         return f.fq[rows] @ f.fk.mT
 
+    def logits(self, rows: NDArray[np.intp]) -> Any:
+        """Return those of softmax attention in some rows."""
+        return scaled(self.q[rows] @ self.k.mT, self.scale, self.q.shape[1])
+
     def bound(self, o: Array) -> Array:
         """Return the least of K1, K1 with R6, and the distance to the far end of the values."""
-        q, k, v, ends, f = self.q, self.k, self.v, self.ends, self.features()
-        sigma = _check.scale(self.scale, q.shape[1])
-
-        def logits(rows: NDArray[np.intp]) -> Array:
-            return sigma * (q[rows] @ k.T)
-
-        claim = _ratio.bound(o, v, ends, lambda rows: self.kappa(f, rows), logits)
+        v, ends, f = self.v, self.ends, self.features()
+        claim = _ratio.bound(o, v, ends, lambda rows: self.kappa(f, rows), self.logits)
         if self.eps == 0 or self.kind not in EXPONENTIAL:
             return claim
         plain = self._replace(eps=0.0)
         f0, o0 = plain.features(), plain.forward(Backend("numpy"), None, -np.inf)[0]
-        near = _ratio.bound(o0, v, ends, lambda rows: plain.kappa(f0, rows), logits)
+        near = _ratio.bound(o0, v, ends, lambda rows: plain.kappa(f0, rows), self.logits)
         # κ − κ⁰ = ε(Σw e^−c + Σu + rε), with the factor that features() gives a row
         fall = 1.0 if f.fall is None else f.fall
         r, live, seen = f.u.shape[1], np.flatnonzero(ends), np.maximum(ends - 1, 0)
@@ -143,17 +131,10 @@ class Head(NamedTuple):
         return claim
 
     def log_error(self) -> Array:
-        """Return how far ln κ may be off over what each row sees, (T,), in Bounded arithmetic."""
-        f, found = self.features(), np.zeros(len(self.ends))
-        keys = np.arange(int(self.k.shape[0]))
+        """Return how far ln κ − σq·k may be off over what each row sees, (T,), in Bounded arithmetic."""
         with np.errstate(all="ignore"):
-            for rows in tiles(np.arange(len(self.ends)), len(keys)):
-                kappa, seen = self.kappa(f, rows), keys < self.ends[rows][:, None]
-                signed = (seen & (kappa.value + 2 * kappa.error <= 0)).any(axis=1)
-                off: Array = np.log(kappa).error
-                error = np.where(seen, off, 0.0).max(axis=1, initial=0.0)
-                found[rows] = np.where(signed, 0.0, np.where(np.isnan(error), np.inf, error))
-        return found
+            f = self.features()
+        return _ratio.evaluation(self.ends, self.k.shape[0], lambda rows: self.kappa(f, rows), self.logits)
 
     def pull(self, do: Any, backend: Backend) -> tuple[Any, ...]:
         """Return the gradients of q, k, v, ω and the centre; rows and keys that see nothing stay out of every sum."""

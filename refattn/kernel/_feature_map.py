@@ -41,3 +41,15 @@ def _pull_elu_plus_one(dphi: Any, x: Any) -> Any:
 
 
 elu_plus_one = FeatureMap("elu_plus_one", _elu_plus_one, _pull_elu_plus_one)
+
+
+def _same(phi: Any) -> Any:
+    return phi
+
+
+def _pull_same(dphi: Any, phi: Any) -> Any:
+    return dphi
+
+
+IDENTITY = FeatureMap("identity", _same, _pull_same)
+"""For what is features already."""

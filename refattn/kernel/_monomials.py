@@ -14,7 +14,7 @@ import numpy as np
 from refattn import _check
 from refattn.arithmetic import Arithmetic, concatenate
 from refattn.kernel._feature_map import FeatureMap
-from refattn.kernel._scale import rooted
+from refattn.kernel._scale import root
 
 Monomial = tuple[int, ...]
 """The variables of a monomial, ascending, each as often as its power says: x₀²x₂ is (0, 0, 2)."""
@@ -63,12 +63,13 @@ def feature_map(name: str, c: Mapping[Monomial, Fraction], scale: float | None) 
 
     def of(x: Any) -> Any:
         _check.size("feature_map", x.shape[-1], depth, "D", "its depth")
-        return powers(rooted(x, scale, depth)) * roots(x)
+        return powers(x * root(scale, depth, x)) * roots(x)
 
     def pull(dphi: Any, x: Any) -> Any:
-        to_powers, low = dphi * roots(x), powers(rooted(x, scale, depth))
+        by = root(scale, depth, x)
+        to_powers, low = dphi * roots(x), powers(x * by)
         columns = [(to_powers[:, own] * low[:, down]) @ times for own, down, times in falls]
-        return rooted(concatenate(*columns, axis=1), scale, depth)
+        return concatenate(*columns, axis=1) * by
 
     return FeatureMap(name, of, pull)
 

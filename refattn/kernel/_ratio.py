@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from refattn import perturbation
 from refattn._mix import tiles
 
 Array = NDArray[np.float64]
-Block = Callable[[NDArray[np.intp]], Array]
+Block = Callable[[NDArray[np.intp]], Any]
 
 
 def bound(o: Array, v: Array, ends: NDArray[np.int64], kappa: Block, logits: Block, eps: float = 0.0) -> Array:
@@ -41,3 +42,18 @@ def bound(o: Array, v: Array, ends: NDArray[np.int64], kappa: Block, logits: Blo
         claim = np.where(sure[:, None], tv * (hi - lo) + np.abs(here) * shrink, np.inf)
         out[rows] = np.minimum(claim, np.maximum(np.abs(here - lo), np.abs(hi - here)))
     return out
+
+
+def evaluation(ends: NDArray[np.int64], S: int, kappa: Block, logits: Block) -> Array:
+    """Return how far the ratio's logarithm may be off in each row, (T,), of blocks in Bounded arithmetic.
+
+    Where some κ is not positive in any run, no logarithm is in the claim.
+    """
+    found, keys = np.zeros(len(ends)), np.arange(S)
+    with np.errstate(all="ignore"):
+        for rows in tiles(np.arange(len(ends)), S):
+            kernel, seen = kappa(rows), keys < ends[rows][:, None]
+            signed = (seen & (kernel.value + 2 * kernel.error <= 0)).any(axis=1)
+            error = np.where(seen, (np.log(kernel) - logits(rows)).error, 0.0).max(axis=1, initial=0.0)
+            found[rows] = np.where(signed, 0.0, np.where(np.isnan(error), np.inf, error))
+    return found

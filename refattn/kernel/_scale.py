@@ -15,17 +15,18 @@ def scaled(x: Any, scale: float | None, depth: int) -> Any:
     >>> float(scaled(3.0, None, 4))
     1.5
     """
-    return x / np.sqrt(_number(x, depth)) if scale is None else x * scale
+    return x / np.sqrt(number(depth, x)) if scale is None else x * scale
 
 
-def rooted(x: Any, scale: float | None, depth: int) -> Any:
-    """Return √σ x, for features whose product has the factor σ.
+def root(scale: float | None, depth: int, like: Any) -> Any:
+    """Return √|σ| in the arithmetic of an array, for features whose product has the factor |σ|.
 
-    >>> float(rooted(3.0, 4.0, 1))
-    6.0
+    >>> float(root(4.0, 1, 0.0)), float(root(None, 16, 0.0))
+    (2.0, 0.5)
     """
-    return x / np.sqrt(np.sqrt(_number(x, depth))) if scale is None else x * np.sqrt(_number(x, scale))
+    return 1.0 / np.sqrt(np.sqrt(number(depth, like))) if scale is None else np.sqrt(number(abs(scale), like))
 
 
-def _number(x: Any, value: float) -> Any:
-    return x.lift(float(value)) if isinstance(x, Arithmetic) else float(value)
+def number(x: float, like: Any) -> Any:
+    """Return a number in the arithmetic of an array."""
+    return like.lift(float(x)) if isinstance(like, Arithmetic) else float(x)

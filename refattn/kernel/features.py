@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check
-from refattn.arithmetic import Arithmetic, concatenate
+from refattn.arithmetic import concatenate
+from refattn.heads import unbroadcast
 from refattn.kernel._feature_map import FeatureMap
+from refattn.kernel._scale import number, root
 from refattn.rounding import Bounded
 
 Kind = Literal["positive", "hyperbolic", "trigonometric", "relu"]
@@ -84,7 +86,8 @@ def vjp(dphi: Any, x: Any, omega: Any, *, kind: Kind) -> tuple[Any, Any]:
     dphi = _check.array("dphi", dphi, "n r")
     if dphi.shape != phi.shape:
         raise ValueError(f"dphi has shape {dphi.shape}; expected {phi.shape}")
-    return pull(*pull_raw(dphi / _norm(omega, kind), projected, phi, kind), x, omega, kind)
+    dx, domega = pull(*pull_raw(dphi / _norm(omega, kind), projected, phi, kind), x, omega, kind)
+    return unbroadcast(dx, x.shape), unbroadcast(domega, omega.shape)
 
 
 def draw(
@@ -156,18 +159,6 @@ def feature_map(omega: Any, *, kind: Kind, scale: float | None = None) -> Featur
         return vjp(dphi, x * by, omega, kind=kind)[0] * by
 
     return FeatureMap(f"{kind} features", mapped, pulled)
-
-
-def root(scale: float | None, depth: int, like: Any) -> Any:
-    """Return √|σ| in the arithmetic of an array; σ is the real number 1/√D unless given."""
-    if scale is None:
-        return 1.0 / np.sqrt(np.sqrt(number(depth, like)))
-    return np.sqrt(number(abs(scale), like))
-
-
-def number(x: float, like: Any) -> Any:
-    """Return a number in the arithmetic of an array."""
-    return like.lift(float(x)) if isinstance(like, Arithmetic) else np.float64(x)
 
 
 def columns(kind: Kind, count: int) -> int:

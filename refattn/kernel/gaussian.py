@@ -24,7 +24,7 @@ from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend, One, Problem
 from refattn.heads import matrix
 from refattn.kernel._feature_map import FeatureMap
-from refattn.kernel._scale import rooted, scaled
+from refattn.kernel._scale import number, root, scaled
 from refattn.masks import MaskLike
 from refattn.method import Claim, Cost, Method
 from refattn.rounding import gamma
@@ -235,12 +235,12 @@ def feature_map(omega: ArrayLike, *, scale: float | None = None) -> FeatureMap:
 
     def of(x: Any) -> Any:
         _check.size("omega", D, x.shape[-1], "D", "q")
-        y = rooted(x, sigma, D)
-        return scaled(np.exp(y @ w.T - (y * y).sum(axis=1, keepdims=True)), None, m)
+        y = x * root(sigma, D, x)
+        return np.exp(y @ w.T - (y * y).sum(axis=1, keepdims=True)) / np.sqrt(number(m, x))
 
     def pull(dphi: Any, x: Any) -> Any:
-        y, both = rooted(x, sigma, D), dphi * of(x)
-        return rooted(both @ w - both.sum(axis=1, keepdims=True) * (y * 2.0), sigma, D)
+        by, both = root(sigma, D, x), dphi * of(x)
+        return (both @ w - both.sum(axis=1, keepdims=True) * (x * by * 2.0)) * by
 
     return FeatureMap(f"gaussian(m={m})", of, pull)
 

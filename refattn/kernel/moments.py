@@ -11,6 +11,8 @@ is w = e^{x·y} for each kind; with z = x + y,
 as the features of `refattn.kernel.features` do for i.i.d. rows of χ_D norms; m rows are averaged. Moments are
 *relative*, those of κ/w, unless a function says otherwise: e^{x·y} itself may be out of range. An overflow is ∞.
 
+The series for orthogonal rows and for norms √D have about ‖z‖² terms: beyond 2^16 they are refused.
+
 A bound is mathematics evaluated in float64: whoever compares adds the rounding. Statements are numbered as in
 `proofs/README.md`, and `proofs/kernel/test_moments.py` derives them.
 """
@@ -30,6 +32,8 @@ Kind = Literal["positive", "hyperbolic", "trigonometric"]
 
 KINDS = ("positive", "hyperbolic", "trigonometric")
 """Kinds of unbiased features."""
+LONGEST = 2.0**16
+"""The largest ‖z‖² whose series are summed: one takes seconds there."""
 
 
 def kernel_variance(x: ArrayLike, y: ArrayLike, *, kind: Kind) -> Array:
@@ -78,8 +82,8 @@ def relative_variance(x: ArrayLike, y: ArrayLike, *, kind: Kind) -> Array:
     .. math::
         e^{\|z\|^2} - 1, \qquad \cosh \|z\|^2 - 1, \qquad \cosh \|x - y\|^2 - 1
 
-    for positive, hyperbolic and trigonometric features. Hyperbolic ones, which take two exponentials a row, always have
-    less than half the variance of positive ones. Shapes and errors as in `kernel_variance`.
+    for positive, hyperbolic and trigonometric features. Hyperbolic ones, which take two exponentials a row, have at
+    most half the variance of positive ones. Shapes and errors as in `kernel_variance`.
 
     >>> relative_variance([[1.0]], [[-1.0], [1.0]], kind="positive").round(2)
     array([[ 0. , 53.6]])
@@ -186,13 +190,14 @@ def orthogonal_gain(x: ArrayLike, y: ArrayLike) -> Array:
     .. math::
         1 - e^{-\|z\|^2}\, {}_1F_1\bigl(D; \tfrac D2; \tfrac{\|z\|^2}{2}\bigr)
 
-    It is in [0, 1), at most ‖z‖⁴/(2(D + 2)), and 0 for D = 1, where it has no meaning. Shapes as in `kernel_variance`.
+    It is in [0, 1) and at most ‖z‖⁴/(2(D + 2)); for D = 1 it is a number without meaning. Shapes as in
+    `kernel_variance`.
 
     >>> orthogonal_gain([[1.0, 0.0]], [[-1.0, 0.0], [1.0, 0.0]]).round(3)
     array([[0.   , 0.594]])
     """
     x, y = _pairs(x, y)
-    return _mixture(_squares(x, y, "positive"), x.shape[-1], 1)[1]
+    return _mixture(_summable(x, y), x.shape[-1], 1)[1]
 
 
 def orthogonal_variance(x: ArrayLike, y: ArrayLike, count: int) -> Array:
@@ -213,7 +218,7 @@ def orthogonal_variance(x: ArrayLike, y: ArrayLike, count: int) -> Array:
     m = _check.integer("count", count, 1)
     if m > x.shape[-1]:
         raise ValueError(f"count is {m}; at most D = {x.shape[-1]} rows are orthogonal")
-    t = _squares(x, y, "positive")
+    t = _summable(x, y)
     return (_excess(t, "positive") - (m - 1) * _mixture(t, x.shape[-1], 1)[1]) / m
 
 
@@ -231,7 +236,7 @@ def regularized_log_ratio(x: ArrayLike, y: ArrayLike) -> Array:
     array([[-0.051, -0.553]])
     """
     x, y = _pairs(x, y)
-    log, lost = _mixture(_squares(x, y, "positive") / 2, x.shape[-1], 2)
+    log, lost = _mixture(_summable(x, y) / 2, x.shape[-1], 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(lost < 0.5, np.log1p(-np.minimum(lost, 0.5)), log)
 
@@ -249,6 +254,7 @@ def regularized_total_variation(radius: ArrayLike, depth: int) -> Array:
     r, D = _real("radius", radius, ""), _check.integer("depth", depth, 1)
     if np.any(r < 0):
         raise ValueError(f"radius is {r.min():g} somewhere; expected numbers that are at least 0")
+    r = np.minimum(r, 2.0**400)  # where the bound has long been 1
     return perturbation.tilt_total_variation((D + 2) / 2 * _beyond_log(r * r / (D + 2)))
 
 
@@ -272,6 +278,15 @@ def _squares(x: Array, y: Array, kind: str) -> Array:
     for c in range(x.shape[-1]):
         total += np.square(x[..., :, None, c] + sign * y[..., None, :, c])
     return total
+
+
+def _summable(x: Array, y: Array) -> Array:
+    """Return ‖x + y‖², which the series take."""
+    with np.errstate(over="ignore"):
+        t = _squares(x, y, "positive")
+    if not (t <= LONGEST).all():
+        raise ValueError(f"x and y have ‖x + y‖² = {t.max():g} somewhere; expected at most {LONGEST:g}")
+    return t
 
 
 def _excess(s: Array, kind: str) -> Array:

@@ -29,7 +29,8 @@ from refattn.engines import Backend
 from refattn.heads import Leads, leads, matrix
 from refattn.kernel import features as random_features
 from refattn.kernel import moments
-from refattn.kernel._favor import PLAIN, Head, Stabilizer
+from refattn.kernel._favor import Head, Stabilizer
+from refattn.kernel._feature_map import IDENTITY
 from refattn.kernel.features import EXPONENTIAL, Directions, Kind, Norms
 from refattn.masks import MaskLike, causal
 from refattn.method import Claim, Cost, Method, Option
@@ -383,7 +384,7 @@ def bound_over_draws(
     r"""How far `attend` is from exact attention, at most, with probability 1 − δ over `draw` (R3, elementwise).
 
     .. math::
-        \Pr\big(|\tilde o_{ic} - o_{ic}| \ge a_{ic}\big) \le \delta, \qquad
+        \Pr\big(|\tilde o_{ic} - o_{ic}| > a_{ic}\big) \le \delta, \qquad
         a = \frac{\sqrt g}{\sqrt{m \delta} - \sqrt{(1 - \delta) h}}
 
     for each element alone, with g and h as in `refattn.kernel.moments.tail_radius`. It is proved for ω of independent
@@ -450,11 +451,10 @@ def claim_logits(
     mask: MaskLike = None,
     scale: float | None = None,
 ) -> NDArray[np.float64]:
-    r"""Return how far ln κ, evaluated in float64, may be off in each row, (T,): see `refattn.rounding.claim_rounding`.
+    r"""Return how far ln κ − s in `bound` may be off, (T,), by running error analysis of the features.
 
-    The features are run in `refattn.rounding.Bounded` arithmetic. With ε > 0 the claim has two kernels in it and β,
-    which is off by no more than ln κ and ln κ⁰ are, together: twice their sum is charged. A row of which some κ is
-    surely not positive claims no kernel.
+    With ε > 0 the claim has two kernels in it and β, which is off by no more than ln κ and ln κ⁰ are, together: twice
+    their sum is charged.
 
     >>> from refattn.kernel import performer
     >>> performer.claim_logits([[1.0]], [[2.0], [2.0]], [[1.0], [3.0]], [[0.5]], [0.0]).shape
@@ -538,7 +538,7 @@ def _call(
     scale: Any,
 ) -> _Call:
     """Check the arguments."""
-    plain = linear.problem(q, k, v, feature_map=PLAIN, eps=eps, mask=mask)
+    plain = linear.problem(q, k, v, feature_map=IDENTITY, eps=eps, mask=mask)
     omega, centre = _check.array("omega", omega, "m D"), _check.array("centre", centre, "D")
     D = plain.q.shape[-1]
     _check.size("omega", omega.shape[-1], D, "D", "q")

@@ -29,7 +29,7 @@ from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel import _monomials, _ratio
-from refattn.kernel._feature_map import FeatureMap
+from refattn.kernel._feature_map import IDENTITY, FeatureMap
 from refattn.kernel._polynomials import as_written, kernel, log_ratio, slope
 from refattn.kernel._scale import scaled
 from refattn.masks import MaskLike
@@ -318,15 +318,8 @@ def claim_logits(
     True
     """
     call = _problem(q, k, _check.WEIGHTS, degree, form, mask, scale)
-    seen, out = call.at.seen(), np.zeros(len(call.at.q))
     x, y = Bounded.lift(call.at.q), Bounded.lift(call.at.k)
-    for rows in tiles(np.arange(len(x.value)), len(y.value)):
-        s = scaled(x[rows] @ y.mT, scale, x.shape[1])
-        kappa = kernel(call.degree, call.form, s)
-        trivial = (seen[rows] & (kappa.value < -2 * kappa.error)).any(axis=1)  # no logarithm is in its claim
-        error = np.where(seen[rows], (np.log(kappa) - s).error, 0.0).max(axis=1, initial=0.0)
-        out[rows] = np.where(trivial, 0.0, error)
-    return out
+    return _ratio.evaluation(call.at.ends, len(y.value), *_blocks(call, x, y))
 
 
 def feature_map(degree: int, depth: int, *, form: Form = "taylor", scale: float | None = None) -> FeatureMap:
@@ -400,24 +393,13 @@ class _Tile(NamedTuple):
     den: Array
 
 
-def _same(x: Any) -> Any:
-    return x
-
-
-def _same_back(dphi: Any, x: Any) -> Any:
-    return dphi
-
-
-_IDENTITY = FeatureMap("identity", _same, _same_back)
-
-
 def _problem(
     q: Any, k: Any, v: Any, degree: int, form: str, mask: Any, scale: float | None, backend: str | Backend = "numpy"
 ) -> _Problem:
     p = _check.integer("degree", degree, 1)
     _check.choice("form", form, FORMS)
     sigma = scale if scale is None else _check.finite("scale", scale)
-    at = linear.problem(q, k, v, feature_map=_IDENTITY, eps=0.0, mask=mask)
+    at = linear.problem(q, k, v, feature_map=IDENTITY, eps=0.0, mask=mask)
     engines.choose(backend, "polynomial")
     return _Problem(at, p, form, sigma)
 
@@ -456,8 +438,13 @@ def _forward(call: _Problem) -> Array:
 def _bound(call: _Problem, n: int, o: Array) -> Array:
     q, k, v, ends = call.at.one(n)
     q, k, v = _check.widened(q), _check.widened(k), _check.widened(v)
+    return _ratio.bound(o, v, ends, *_blocks(call, q, k))
 
-    def logits(rows: NDArray[np.intp]) -> Array:
-        return scaled(q[rows] @ k.T, call.scale, q.shape[1])
 
-    return _ratio.bound(o, v, ends, lambda rows: kernel(call.degree, call.form, logits(rows)), logits)
+def _blocks(call: _Problem, q: Any, k: Any) -> tuple[_ratio.Block, _ratio.Block]:
+    """Return κ and the logits of some rows, in any arithmetic."""
+
+    def logits(rows: NDArray[np.intp]) -> Any:
+        return scaled(q[rows] @ k.mT, call.scale, q.shape[1])
+
+    return lambda rows: kernel(call.degree, call.form, logits(rows)), logits
