@@ -494,7 +494,7 @@ def test_a_missing_extra_is_named_with_the_pip_line(
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     assert run("--out", "unused") == 2
-    line = f"refattn study needs {name}, which is not installed; install it with: pip install 'refattn[study]'\n"
+    line = f"refattn needs {name}, which is not installed; install it with: pip install 'refattn[study]'\n"
     assert capsys.readouterr().err == line
 
 
