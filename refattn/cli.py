@@ -1,14 +1,15 @@
-"""The command line: ``refattn study [FILE.npz …]``."""
+"""The command line: ``refattn study [FILE.npz …]`` and ``refattn show METHOD``."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import io
 import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -66,7 +67,7 @@ def _need(*names: str) -> Any:
             found.append(importlib.import_module(name))
         except ImportError:
             print(
-                f"refattn study needs {name}, which is not installed; install it with: pip install 'refattn[study]'",
+                f"refattn needs {name}, which is not installed; install it with: pip install 'refattn[study]'",
                 file=sys.stderr,
             )
             sys.exit(2)
@@ -100,12 +101,36 @@ def _command() -> click.Group:
         """
         _need("rich", *(["matplotlib"] if out else []))
         names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
-        with warnings.catch_warnings(), _folder(out) if out else nullcontext() as scratch:
+        with warnings.catch_warnings(), _folder(out, OUTPUTS) if out else nullcontext() as scratch:
             warnings.simplefilter("ignore")  # the table says what is not finite
             tables = _study(_captures(files), causal=causal, scale=scale, methods=names, seed=seed)
             if out and scratch:
                 _write(scratch, out, tables)
         return 1 if any(table.violations for table in tables) else 0
+
+    @group.command()
+    @click.argument("method", required=False)
+    @click.option("--all", "every", is_flag=True, help="Every method.")
+    @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="An option of the method.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the points and of what methods draw.")
+    @click.option(
+        "--out", type=click.Path(path_type=Path), help="The picture, METHOD.png unless given; with --all its folder."
+    )
+    def show(  # pyright: ignore[reportUnusedFunction]
+        method: str | None, every: bool, settings: tuple[str, ...], seed: int, out: Path | None
+    ) -> None:
+        """Draw one efficient attention beside exact softmax, on fifty points in the plane.
+
+        The picture has both matrices, their difference, and both outputs with the proved bound.
+        """
+        _need("matplotlib")
+        pictures = _pictures(method, every, out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the picture shows what is not finite
+            options = _settings(settings)
+            if every and options:
+                raise click.UsageError("--set is about one method; leave it out with --all")
+            _show(pictures, seed=seed, options=options)
 
     return group
 
@@ -165,21 +190,76 @@ def _compare(name: str, capture: Capture, *, causal: bool, **options: Any) -> Ta
             raise click.UsageError(f"{name}: not enough memory: {error}") from None
 
 
+def _pictures(name: str | None, every: bool, out: Path | None) -> dict[str, Path]:
+    """Return the methods to draw, and where."""
+    import click
+
+    from refattn import method
+
+    known = [name for name, module in method.modules().items() if module.METHOD.family]
+    if every and name is not None:
+        raise click.UsageError(f"--all draws every method; leave out {name}")
+    if every:
+        return {name: (out or Path()) / f"{name}.png" for name in known}
+    if name not in known:
+        got = "missing" if name is None else repr(name)
+        raise click.UsageError(f"METHOD is {got}; expected --all or one of {', '.join(known)}")
+    return {name: out or Path(f"{name}.png")}
+
+
+def _settings(texts: Sequence[str]) -> dict[str, Any]:
+    """Read name=value, where what is no Python literal is a word."""
+    import click
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set is {text!r}; expected NAME=VALUE")
+        try:
+            found[name.strip()] = ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found[name.strip()] = value.strip()
+    return found
+
+
+def _show(pictures: Mapping[str, Path], **options: Any) -> None:
+    """Draw all into a scratch folder first, so that none stands there where one fails; then say where they are."""
+    import click
+
+    from refattn import study
+
+    folder = next(iter(pictures.values())).parent
+    with _folder(folder, [path.name for path in pictures.values()]) as scratch:
+        said: list[str] = []
+        for name, path in pictures.items():
+            with _writing(path):
+                try:
+                    shown = study.show(name, scratch / path.name, **options)
+                except (ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                    raise click.UsageError(f"{name}: {error}") from None
+            said.append(f"{path}: {shown.numbers}")
+        for path in pictures.values():
+            with _writing(path):
+                os.replace(scratch / path.name, path)
+    print(*said, sep="\n")
+
+
 OUTPUTS = ("study.csv", "study.png")
 
 
 @contextmanager
-def _folder(out: Path) -> Generator[Path]:
-    """Make the folder before the study, with a scratch folder in it; on failure take away every folder made."""
+def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
+    """Make the folder before the work, with a scratch folder in it; on failure take away every folder made."""
     made: list[Path] = []
     try:
         with _writing(out):
             made = [folder for folder in (out, *out.parents) if not folder.exists()]
             out.mkdir(parents=True, exist_ok=True)
-            for name in OUTPUTS:
-                if (out / name).is_dir():
-                    raise IsADirectoryError(f"{name} there is a folder")
-            scratch = tempfile.TemporaryDirectory(dir=out, prefix=".study-")
+            for name in outputs:
+                if (out / name).exists() and not (out / name).is_file():
+                    raise OSError(f"{name} there is no file")
+            scratch = tempfile.TemporaryDirectory(dir=out, prefix=".refattn-")
         with scratch as name:
             yield Path(name)
     except BaseException:
@@ -206,6 +286,8 @@ def _writing(out: Path) -> Generator[None]:
 
     try:
         yield
+    except click.UsageError:
+        raise
     except Exception as error:
         why = (isinstance(error, OSError) and error.strerror) or error
         raise click.UsageError(f"--out: cannot write to {out}: {why}") from None

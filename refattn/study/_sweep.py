@@ -72,8 +72,8 @@ class Inputs:
         return self.pairs if declared.masks == "any" or (declared.masks == "prefix" and self.prefix) else None
 
     def taken(self, pairs: Pairs | None, n: int) -> Pairs | None:
-        """Return the mask of problem n."""
-        return None if pairs is None or self._mask_of is None else pairs.take(int(self._mask_of[n]))
+        """Return the mask of problem n; one that is not the study's own, such as causal, is the same for all."""
+        return pairs if pairs is None or self._mask_of is None else pairs.take(int(self._mask_of[n]))
 
     def problems(
         self, drawn: Drawn, declared: Method, which: Iterable[int] | None = None
