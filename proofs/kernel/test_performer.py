@@ -441,7 +441,7 @@ def central(raw: list[Array], forms: list[Array]) -> float:
 TOKENS = slice(100, 112)
 RARE, HALVED = 1 / 16, 1 / 6
 LIMIT = (1 + (2 * (1 - RARE) / RARE) ** 0.5) ** 0.5
-COUNTS = (256, 1024, 2048)
+COUNTS = (256, 1024)
 
 
 def one_column(kind: str) -> Real:
