@@ -37,8 +37,8 @@ import pytest
 from flint import arb
 from hypothesis import given, settings, target
 from hypothesis import strategies as st
-from scipy.stats import binom
 
+from proofs.chance import ALARM, draws_needed, judge_count
 from proofs.dropping import Seen, judge, judge_merge, reaches, shares
 from proofs.exact import SHARP, Array, Tight, slack
 from refattn import masks, rounding, softmax
@@ -229,13 +229,13 @@ def test_each_block_gives_as_many_positions_as_it_can(S: int, block: int | None,
 
 
 def test_each_position_of_a_block_is_drawn_as_often_as_the_others() -> None:
-    """A false alarm has probability below 1e-9; an inclusion probability half as large is outside the interval."""
-    k, rng, draws = np.zeros((11, 1)), np.random.default_rng(4), 1000
+    """A position drawn more often or less often is convicted; one drawn half as often is, nearly for sure."""
+    k, rng, chances, alarm = np.zeros((11, 1)), np.random.default_rng(4), [1 / 2] * 8 + [2 / 3] * 3, ALARM / 22
+    draws = max(draws_needed(1 - p, 1 - p / 2, alarm) for p in set(chances))
     found = [x for _ in range(draws) for x in local_global.draw(rng, k, k, k, block=4, sampled=2).positions]
-    counts, chance = np.bincount(found, minlength=11), np.array([0.5] * 8 + [2 / 3] * 3)
-    low, high = binom.interval(1 - 1e-9 / 11, draws, chance)
-    assert ((low <= counts) & (counts <= high)).all()
-    assert (binom.ppf(1 - 1e-9 / 11, draws, chance / 2) < low).all()
+    for count, p in zip(np.bincount(found, minlength=11).tolist(), chances, strict=True):
+        judge_count(count, draws, p, alarm)
+        judge_count(draws - count, draws, 1 - p, alarm)
 
 
 @settings(max_examples=50)
