@@ -25,7 +25,7 @@ def test_a_row_says_whether_its_goal_is_met(
 @pytest.mark.parametrize("least, code", [(0.05, 0), (0.07, 1)])
 def test_a_section_that_misses_its_goal_exits_1(least: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = iter([0.09, least] + [0.08] * 7)
-    monkeypatch.setattr(subprocess, "check_output", lambda *_: str(next(taken)))
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: str(next(taken)))
     monkeypatch.setattr(sys, "argv", ["benchmarks", "importing"])
     assert benchmarks.main() == code
 
