@@ -1,6 +1,9 @@
 """Claims over the draw: convicted and acquitted on toys whose law is known; what else a study takes from a method."""
 
+import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -208,3 +211,24 @@ def test_a_method_that_approximates_nothing_has_errors_and_a_dash(monkeypatch: p
     assert (row.reference, row.bound_max, row.holds) == ("softmax, unmasked", None, None)
     assert row.error_max == abs(softmax.attend(Q, K, V)).max()
     assert str(table).splitlines()[-1].endswith(" —")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_blas_is_kept_to_one_thread_where_that_can_be_asked(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    @contextmanager
+    def threadpool_limits(limits: int, user_api: str) -> Iterator[None]:
+        asked.append((limits, user_api))
+        yield
+        asked.append("released")
+
+    def attend(q: Any, k: Any, v: Any) -> Any:
+        assert asked == ([(1, "blas")] if there else [])
+        return softmax.attend(q, k, v)
+
+    fake = types.SimpleNamespace(threadpool_limits=threadpool_limits) if there else None
+    monkeypatch.setitem(sys.modules, "threadpoolctl", fake)
+    toy(monkeypatch, {"masks": "none"}, attend=attend)
+    study.compare(Q, K, V)
+    assert asked == ([(1, "blas"), "released"] if there else [])

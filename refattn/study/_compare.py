@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -127,12 +129,23 @@ def compare(
 
     report(0, total)
     whole = sum(softmax.cost(**inputs.sizes, mask=inputs.taken(inputs.pairs, n)).flops for n in range(inputs.heads))
-    with np.errstate(all="ignore"):  # the table says what is not finite
+    with np.errstate(all="ignore"), _one_thread():  # the table says what is not finite
         measured = ((sweep, _measure(sweep, inputs, references, seed, step)) for sweep in plan)
         found = [_row(sweep, references.text(sweep.declared), whole, one) for sweep, one in measured]
         costs = {id(sweep): row.cost for sweep, row in zip(plan, found, strict=True)}
         found += [claims.row(sweep, claim, costs[id(sweep)], step) for sweep, claim in claims.plan]
     return Table(found, title)
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """Keep BLAS to one thread, where threadpoolctl is there to do so.
+
+    A head's products are small: two threads gain nothing, and wait for each other where a core has other work.
+    """
+    try:
+        return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
+    except ImportError:
+        return nullcontext()
 
 
 def _silent(done: int, total: int) -> None:
