@@ -59,6 +59,11 @@ class Mask:
         """The leading axes, of q's: () for a mask that is the same for all."""
         return ()
 
+    @property
+    def position(self) -> Ints | None:
+        """Where `at` or `Pairs.pick` placed the rows of the whole expression; None where no such placing covers it."""
+        return None
+
     def at(self, position: int | ArrayLike) -> Mask:
         """Place the rows on the key axis.
 
@@ -241,6 +246,24 @@ class Pairs:
         kin = self.mask._kin(rows, rows + (self.S - self.T))  # pyright: ignore[reportPrivateUsage]
         return rows if kin is None else np.argsort(kin, kind="stable")
 
+    def pick(self, rows: ArrayLike) -> Pairs:
+        """Return the pairs of some rows, which keep their positions: what a method is asked for these rows alone.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Rows that are not integers from 0 to T − 1.
+
+        Examples
+        --------
+        >>> from refattn.masks import causal
+        >>> print(causal().on(4, 4).pick([1, 3]))
+        xx..
+        xxxx
+        """
+        some = _indices("rows", rows, self.T)
+        return Pairs(_Picked(self.mask, some, self.T, self.S), len(some), self.S)
+
     def __repr__(self) -> str:
         """Show the mask and its sizes."""
         return f"Pairs({self.mask}, T={self.T}, S={self.S})"
@@ -275,27 +298,31 @@ class Pairs:
 @dataclass(frozen=True, eq=False, repr=False)
 class _Placed(Mask):
     inner: Mask
-    position: Ints
+    where: Ints
 
     def __repr__(self) -> str:
-        return f"{self.inner}.at({show(self.position)})"
+        return f"{self.inner}.at({show(self.where)})"
 
     @property
     def lead(self) -> Shape:
-        return np.broadcast_shapes(self.inner.lead, self.position.shape[:-1])
+        return np.broadcast_shapes(self.inner.lead, self.where.shape[:-1])
+
+    @property
+    def position(self) -> Ints | None:
+        return self.where if self.inner.position is None else self.inner.position
 
     def _of(self, rows: Ints) -> Ints:
-        return self.position[rows] if self.position.ndim else self.position + rows
+        return self.where[rows] if self.where.ndim else self.where + rows
 
     def _fits(self, T: int, S: int, low: int, high: int) -> None:
-        x = self.position
+        x = self.where
         if x.ndim and x.shape[-1] != T:
             raise ValueError(f"mask: position has {x.shape[-1]} rows, but T = {T}")
         low, high = (int(x.min()), int(x.max()) + (0 if x.ndim else T - 1)) if x.size else (0, -1)
         self.inner._fits(T, S, low, high)
 
     def _take(self, lead: Shape, index: tuple[Any, ...]) -> Mask:
-        x = self.position
+        x = self.where
         own = x if x.ndim < 2 else np.broadcast_to(x, (*lead, x.shape[-1]))[index]
         return _Placed(self.inner._take(lead, index), own)
 
@@ -307,6 +334,46 @@ class _Placed(Mask):
 
     def _kin(self, rows: Ints, p: Ints) -> Ints | None:
         return self.inner._kin(rows, self._of(rows))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _Picked(Mask):
+    NAME: ClassVar[str] = "pick"
+    inner: Mask
+    rows: Ints
+    T: int
+    S: int
+
+    @property
+    def lead(self) -> Shape:
+        return self.inner.lead
+
+    @property
+    def position(self) -> Ints | None:
+        x = self.inner.position
+        if x is None:
+            return self.rows + (self.S - self.T)
+        return x[..., self.rows] if x.ndim else x + self.rows
+
+    def _fits(self, T: int, S: int, low: int, high: int) -> None:
+        if (T, S) != (len(self.rows), self.S):
+            raise ValueError(f"mask: {len(self.rows)} rows are picked for S = {self.S}, but T = {T} and S = {S}")
+        self.inner._fits(self.T, S, S - self.T, S - 1)
+
+    def _take(self, lead: Shape, index: tuple[Any, ...]) -> Mask:
+        return _Picked(self.inner._take(lead, index), self.rows, self.T, self.S)
+
+    def _seen(self, rows: Ints, p: Ints, keys: Ints) -> Bools:
+        own = self.rows[rows]
+        return self.inner._seen(own, own + (self.S - self.T), keys)
+
+    def _edges(self, rows: Ints, p: Ints, S: int) -> Ints:
+        own = self.rows[rows]
+        return self.inner._edges(own, own + (self.S - self.T), S)
+
+    def _kin(self, rows: Ints, p: Ints) -> Ints | None:
+        own = self.rows[rows]
+        return self.inner._kin(own, own + (self.S - self.T))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -323,6 +390,11 @@ class _Two(Mask):
     @property
     def lead(self) -> Shape:
         return np.broadcast_shapes(self.one.lead, self.other.lead)
+
+    @property
+    def position(self) -> Ints | None:
+        one, other = self.one.position, self.other.position
+        return one if one is not None and other is not None and np.array_equal(one, other) else None
 
     def _fits(self, T: int, S: int, low: int, high: int) -> None:
         self.one._fits(T, S, low, high)
@@ -368,6 +440,10 @@ class _Not(Mask):
     @property
     def lead(self) -> Shape:
         return self.inner.lead
+
+    @property
+    def position(self) -> Ints | None:
+        return self.inner.position
 
     def _fits(self, T: int, S: int, low: int, high: int) -> None:
         self.inner._fits(T, S, low, high)

@@ -523,7 +523,7 @@ def _split(q: Any, k: Any, kept: Any, mask: Any) -> tuple[Mask, Mask]:
         raise TypeError("kept is None; expected a mask or an array of booleans")
     if whole is None:
         return inner.mask, ~inner.mask
-    return whole.mask & inner.mask, whole.mask & ~inner.mask
+    return masks.meet(whole, inner.mask), masks.meet(whole, ~inner.mask)
 
 
 def _reach(out: Array, o: Array, v: Array, pairs: Pairs) -> None:

@@ -287,14 +287,31 @@ def prefix_ends(pairs: Pairs) -> Ints | None:
 def meet(mask: MaskLike, pattern: Mask) -> Mask:
     """Return what both a mask argument and a method's own pattern see; None sees all.
 
+    Where the mask places the rows, the pattern is placed alike, so that some rows of a problem can be answered alone.
+
     >>> meet(None, causal())
     causal()
+    >>> print(meet(window(None, None).on(4, 4).pick([1, 3]), window(1, 0)).on(2, 4))
+    xx..
+    ..xx
     """
     if mask is None:
         return pattern
-    if isinstance(mask, Pairs):
-        return mask.mask & pattern
-    return (mask if isinstance(mask, Mask) else dense(mask)) & pattern
+    own = mask.mask if isinstance(mask, Pairs) else mask if isinstance(mask, Mask) else dense(mask)
+    return own & (pattern if own.position is None else pattern.at(own.position))
+
+
+def positions(mask: MaskLike, T: int, S: int) -> Ints:
+    """Return where on the key axis rows stand under a mask argument, (..., T): the last at the last key, unless placed.
+
+    >>> positions(None, 2, 4), positions(causal().at(0), 2, 4)
+    (array([2, 3]), array([0, 1]))
+    """
+    own = mask.mask if isinstance(mask, Pairs) else mask
+    where = own.position if isinstance(own, Mask) else None
+    if where is None:
+        return np.arange(T) + (S - T)
+    return where if where.ndim else where + np.arange(T)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -120,6 +120,8 @@ class Method:
     causal
         Whether rows see no key after their own position, whatever the mask: then it is measured against softmax
         attention that is causal too.
+    rowwise
+        Whether a row's answer depends on no other row of q, so that some rows can be asked for alone.
     approximates
         ``"softmax"``, or None: then it has no `bound`.
     rows
@@ -145,6 +147,7 @@ class Method:
     variants: tuple[Mapping[str, Any], ...] = ()
     masks: Literal["any", "prefix", "none"]
     causal: bool = False
+    rowwise: bool = True
     approximates: Literal["softmax"] | None = "softmax"
     rows: Literal["stochastic", "sum to 1", "any"]
     permutable: bool

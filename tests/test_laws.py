@@ -169,6 +169,22 @@ def causal_never_looks_ahead(module, data):
             within(g[: t + 1], case.vjp(do)[name][: t + 1], 2 * bounds[name][: t + 1])
 
 
+@law(declares(rowwise=(True,)))
+def some_rows_are_answered_alone(module, data):
+    case = data.draw(cases(module, least=1))
+    T, S = case.sizes["T"], case.sizes["S"]
+    rows = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=T, max_size=T)))
+    some = {name: x[rows] for name, x in case.arrays.items() if letters(case, name)[:1] == ("T",)}
+    if case.method.masks == "any" or case.options.get("mask") is not None:
+        whole = case.options["mask"] if case.options["mask"] is not None else masks.window(None, None)
+        some["mask"] = masks.bind(whole, T, S).pick(rows)
+    alone = case.given(**some)
+    within(alone.attend(), case.attend()[rows], 2 * allowance(case)[rows])
+    if any(claim.verb == "bound" for claim in case.method.claims):
+        room = 2 * case.claim_rounding() + 2 * allowance(case)
+        within(alone.bound(), case.bound()[rows], room[rows])
+
+
 @law(declares(masks=("any",)))
 def what_is_not_seen_never_matters(module, data):
     case = data.draw(cases(module, least=1, masked=True))

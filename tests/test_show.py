@@ -68,9 +68,9 @@ def test_every_method_has_a_picture_of_what_it_answered(name: str, every: Any) -
 @pytest.mark.parametrize("name", METHODS)
 def test_the_matrices_make_the_outputs(name: str, every: Any) -> None:
     picture, _ = every[name]
-    sweep, inputs, made = _show.problem(name, 0, {})
-    declared, options = sweep.declared, method.accepted(sweep.module.attend, sweep.options | made.options)
-    q, k, v = (inputs.arrays[letter] for letter in "qkv")
+    _, one = _show.problem(name, 0, {})
+    sweep, declared, options = one.sweep, one.sweep.declared, method.accepted(one.sweep.module.attend, one.options)
+    q, k, v = (one.arrays[letter] for letter in "qkv")
     mask = masks.causal() if declared.causal else None
 
     def dense(*arrays: Any, **options: Any) -> Any:
@@ -89,7 +89,7 @@ def test_the_matrices_make_the_outputs(name: str, every: Any) -> None:
         return
     assert np.array_equal(picture.difference, picture.weights - picture.exact)
     assert not (declared.causal and np.triu(picture.weights, 1).any())
-    arrays = [(inputs.arrays | made.arrays)[s] for s in declared.required]
+    arrays = [one.arrays[s] for s in declared.required]
     room = rounding.allowance(dense, *arrays, **options) + rounding.allowance(sweep.module.attend, *arrays, **options)
     assert_within(picture.o[:, None], picture.weights @ v, room)
 

@@ -66,6 +66,7 @@ METHOD = Method(
     budget="slots",
     masks="none",
     causal=True,
+    rowwise=False,
     approximates=None,
     rows="stochastic",
     permutable=False,

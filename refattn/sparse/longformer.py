@@ -285,7 +285,7 @@ def _rows(q: Any, k: Any, tokens: Sequence[int], mask: Any) -> tuple[Mask, Mask]
     """Return what the other rows may see, and what the rows of global tokens may see."""
     T, S = _check.lengths(q, k)
     masks.bind(mask, T, S)
-    rows = np.isin(np.arange(T) + S - T, _check.positions("tokens", tokens, S))
+    rows = np.isin(masks.positions(mask, T, S), _check.positions("tokens", tokens, S))
     far = masks.segments(rows.astype(int), np.ones(S, int))
     return masks.meet(mask, ~far), masks.meet(mask, far)
 
@@ -294,7 +294,7 @@ def _masks(q: Any, k: Any, window: int, dilation: int, tokens: Sequence[int], ma
     """Return the pairs of the window and the global keys, and the pairs of the rows of global tokens."""
     w, d = _check.integer("window", window, 0), _check.integer("dilation", dilation, 1)
     rest, far = _rows(q, k, tokens, mask)
-    return rest & (masks.dilated(w, w, d) | masks.global_tokens(tokens)), far
+    return masks.meet(rest, masks.dilated(w, w, d) | masks.global_tokens(tokens)), far
 
 
 def _global(q: Any, k: Any, v: Any, q_global: Any, k_global: Any, v_global: Any) -> tuple[Any, Any, Any]:

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from refattn import _check, rounding, softmax
+from refattn import _check
 from refattn.masks import MaskLike
-from refattn.method import accepted
 from refattn.study._draws import Trials
-from refattn.study._exact import References
-from refattn.study._sweep import Inputs, Sweep, arguments, chosen, claims_over, drawn, sweeps
-from refattn.study._table import Row, Table, over, rms
-
-Array = NDArray[np.float64]
-
-
-class _Measured(NamedTuple):
-    """All problems, elementwise: |õ − o|, the range of v, the claim, what rounding may add; seconds and flops."""
-
-    error: Array
-    spread: Array
-    bound: Array | None
-    slack: Array
-    seconds: float
-    flops: int
+from refattn.study._run import Run
+from refattn.study._sweep import Inputs
+from refattn.study._table import Row, Setting, Table
 
 
 def compare(
@@ -42,11 +27,16 @@ def compare(
     mask: MaskLike = None,
     scale: float | None = None,
     methods: Sequence[str] | None = None,
+    budget: float | None = None,
+    rows: int | None = None,
     seed: int = 0,
     delta: float = 0.05,
-    rows: int = 4,
     trials: int = 200,
+    trial_rows: int = 4,
     title: str = "",
+    layers: Sequence[str] | None = None,
+    tokens: Sequence[str] | None = None,
+    partial: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Table:
     r"""Measure how far each efficient attention is from exact softmax on these arrays, and check its bound.
@@ -83,16 +73,30 @@ def compare(
         The scale of the exact attention; the real number 1/√D unless given.
     methods : sequence of str, optional
         Names from the table of methods; all of them unless given.
+    budget : float, optional
+        Measure only what costs at most this part of exact attention.
+    rows : int, optional
+        Measure only this many rows, drawn without replacement and the same for all heads, with exact attention on
+        those rows: for long contexts. Left out are then methods whose rows cannot be answered alone, what is fitted to
+        all rows, and, beyond 4096 keys, claims over the draw.
     seed : int
-        Seeds the generator of each row's drawn arrays, and of the draws and rows on which claims are tried.
+        Seeds the generators of what methods draw for each head, of the draws on which claims are tried, and of the
+        rows.
     delta : float
         δ of the claims over the draw.
-    rows : int
-        How many rows of each head such claims are tried on, the same for all heads.
     trials : int
-        In how many draws.
+        In how many draws such claims are tried.
+    trial_rows : int
+        On how many of the measured rows of each head.
     title : str
         What the table is called.
+    layers : sequence of str, optional
+        Labels of the first leading axis.
+    tokens : sequence of str, optional
+        The keys' tokens.
+    partial : bool
+        Whether a `KeyboardInterrupt` ends the study with the rows that are done, in a table marked partial, rather
+        than with nothing.
     progress : callable, optional
         Called with (done, total) before the first problem and after each.
 
@@ -116,11 +120,27 @@ def compare(
     >>> all(row.holds for row in table.rows)
     True
     """
-    inputs = Inputs(q, k, v, mask, scale)
     seed = _check.integer("seed", seed, 0)
-    plan, references = list(sweeps(chosen(methods), inputs.sizes)), References(inputs)
-    claims = Trials(inputs, references, plan, seed=seed, delta=delta, rows=rows, trials=trials)
-    report, total, done = progress or _silent, (len(plan) + len(claims.plan)) * inputs.heads, 0
+    inputs = Inputs(q, k, v, mask, scale, rows=rows, seed=seed)
+    most = math.inf if budget is None else _check.positive("budget", budget)
+    labels = _labels("layers", layers, inputs.shape[0] if len(inputs.shape) > 1 else 0)
+    words = _labels("tokens", tokens, inputs.sizes["S"])
+    run = Run(inputs, methods, seed)
+    claims = Trials(run, delta=delta, rows=trial_rows, trials=trials)
+    report, total, done = progress or _silent, (len(run.plan) + len(claims.plan)) * inputs.heads, 0
+    setting = Setting(
+        sizes=inputs.sizes,
+        heads=inputs.shape,
+        mask=None if inputs.whole is None else str(inputs.whole.mask),
+        scale=scale,
+        rows=tuple(map(int, inputs.rows)) if inputs.sampled else None,
+        seed=seed,
+        delta=claims.delta,
+        trials=claims.trials,
+        budget=budget,
+        layers=labels,
+        tokens=words,
+    )
 
     def step() -> None:
         nonlocal done
@@ -128,13 +148,32 @@ def compare(
         report(done, total)
 
     report(0, total)
-    whole = sum(softmax.cost(**inputs.sizes, mask=inputs.taken(inputs.pairs, n)).flops for n in range(inputs.heads))
-    with np.errstate(all="ignore"), _one_thread():  # the table says what is not finite
-        measured = ((sweep, _measure(sweep, inputs, references, seed, step)) for sweep in plan)
-        found = [_row(sweep, references.text(sweep.declared), whole, one) for sweep, one in measured]
-        costs = {id(sweep): row.cost for sweep, row in zip(plan, found, strict=True)}
-        found += [claims.row(sweep, claim, costs[id(sweep)], step) for sweep, claim in claims.plan]
-    return Table(found, title)
+    found, costs, stopped = list[Row](), dict[int, float](), False
+    try:
+        with np.errstate(all="ignore"), _one_thread():  # the table says what is not finite
+            for sweep in run.plan:
+                costs[id(sweep)] = cost = run.cost(sweep)
+                if cost > most:
+                    for _ in range(inputs.heads):
+                        step()
+                    continue
+                found.append(run.measure(sweep, cost, step))
+            for sweep, claim in claims.plan:
+                if costs[id(sweep)] <= most:
+                    found.append(claims.row(sweep, claim, costs[id(sweep)], step))
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+        stopped = True
+    return Table(found, title, setting=setting, partial=stopped, left_out=run.left_out, run=run)
+
+
+def _labels(name: str, given: Sequence[str] | None, length: int) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or len(given) != length:
+        raise ValueError(f"{name} has {len(given)} entries; expected {length}")
+    return tuple(map(str, given))
 
 
 def _one_thread() -> AbstractContextManager[Any]:
@@ -150,59 +189,3 @@ def _one_thread() -> AbstractContextManager[Any]:
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-def _measure(sweep: Sweep, inputs: Inputs, references: References, seed: int, step: Callable[[], None]) -> _Measured:
-    declared, module = sweep.declared, sweep.module
-    made = drawn(sweep, inputs, np.random.default_rng(seed))
-    pairs, options = inputs.mask(declared), {"scale": inputs.scale} | sweep.options | made.options
-    positional, named = arguments(declared, inputs.arrays | made.arrays)
-
-    def whole(verb: Callable[..., Any]) -> Array:
-        answer = np.asarray(verb(*positional, **named, **accepted(verb, {"mask": pairs} | options)), np.float64)
-        T, E = inputs.sizes["T"], inputs.sizes["E"]
-        return np.broadcast_to(answer, (*inputs.shape, T, E)).reshape(inputs.heads, T, E)
-
-    start = time.perf_counter()
-    o = whole(module.attend)
-    seconds = time.perf_counter() - start
-    claim = next(claims_over(declared, "arrays"), None)
-    bound = None if claim is None else whole(getattr(module, claim.verb))
-    error, spread, slack, flops = np.empty_like(o), np.empty_like(o), np.empty_like(o), 0
-    for n, one in inputs.problems(made, declared):
-        mine = {"mask": inputs.taken(pairs, n)} | options
-        exact = references.of(sweep, one, n, options)
-        alone, by_name = arguments(declared, one)
-        own = rounding.allowance(module.attend, *alone, **by_name, **accepted(module.attend, mine))
-        error[n], spread[n] = np.abs(o[n] - exact.o), exact.spread
-        slack[n] = exact.rounding + own + rounding.U * error[n]
-        if claim is not None:
-            slack[n] = slack[n] + own + rounding.claim_rounding(module, one, mine)  # õ is in the claim too
-        flops += module.cost(**inputs.sizes, **accepted(module.cost, mine)).flops
-        step()
-    return _Measured(error, spread, bound, slack, seconds, flops)
-
-
-def _row(sweep: Sweep, reference: str, whole: int, measured: _Measured) -> Row:
-    error, spread, bound, slack, seconds, flops = measured
-    known = np.isfinite(error) & np.isfinite(slack)
-    sure = known & (error > slack)
-    row = Row(
-        method=sweep.name,
-        budget=sweep.text,
-        reference=reference,
-        cost=flops / whole if whole else math.nan,
-        error_max=float(error.max()),
-        error_rms=rms(error),
-        error_relative=rms(over(np.where(np.isfinite(error) & ~sure, 0.0, error), spread)),
-        seconds=seconds,
-    )
-    if bound is None:
-        return row
-    kept = (error <= bound + slack)[known].all()
-    return row._replace(
-        bound_max=float(bound.max()),
-        bound_relative=rms(over(bound, spread)),
-        bound_ratio=float(np.median(bound[sure] / error[sure])) if sure.any() else math.nan,
-        holds=(True if known.all() else None) if kept else False,
-    )

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check, rounding
-from refattn.method import Claim, accepted
-from refattn.study._exact import References
-from refattn.study._sweep import Drawn, Inputs, Sweep, arguments, claims_over, drawn
+from refattn.method import Claim
+from refattn.study._run import Run
+from refattn.study._sweep import Drawn, Sweep, claims_over, draw
 from refattn.study._table import Row, over, rms
 
 Array = NDArray[np.float64]
 ALARM = 1e-9
 """The probability at most that a table whose claims are true convicts one of them."""
+MANY = 4096
+"""Keys up to which the claims over the draw of some rows are evaluated."""
 
 
 def most_failures(trials: int, delta: float, elements: int) -> int:
@@ -49,68 +51,59 @@ def most_failures(trials: int, delta: float, elements: int) -> int:
 
 
 class Trials:
-    """The claims over the draw of a plan, and what they are tried on: some rows of every head, in fresh draws."""
+    """The claims over the draw of a run, and what they are tried on: some rows of every head, in fresh draws."""
 
-    def __init__(
-        self,
-        inputs: Inputs,
-        references: References,
-        plan: Sequence[Sweep],
-        *,
-        seed: int,
-        delta: float,
-        rows: int,
-        trials: int,
-    ) -> None:
-        """Check the options and choose the rows."""
-        self._inputs, self._references, self._seed = inputs, references, seed
+    def __init__(self, run: Run, *, delta: float, rows: int, trials: int) -> None:
+        """Check the options and choose among the measured rows."""
+        self._run, self._inputs = run, run.inputs
         self.delta, self.trials = _check.finite("delta", delta), _check.integer("trials", trials, 1)
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is {delta}; expected more than 0 and less than 1")
-        T, some = inputs.sizes["T"], _check.integer("rows", rows, 1)
-        self.rows = np.sort(np.random.default_rng(seed).choice(T, min(some, T), replace=False))
-        self.plan = [(s, claim) for s in plan if s.source == "draw" for claim in claims_over(s.declared, "draw")]
-        elements = len(self.plan) * inputs.heads * len(self.rows) * inputs.sizes["E"]
+        measured, some = len(self._inputs.rows), _check.integer("trial_rows", rows, 1)
+        self.rows = np.sort(np.random.default_rng(run.seed).choice(measured, min(some, measured), replace=False))
+        drawn = [sweep for sweep in run.plan if sweep.source == "draw"]
+        self.plan = [(sweep, claim) for sweep in drawn for claim in claims_over(sweep.declared, "draw")]
+        if self._inputs.sampled and self._inputs.sizes["S"] > MANY:
+            left = {sweep.declared.name for sweep, _ in self.plan}
+            run.left_out |= {f"{name}, over draws": f"evaluating it takes S² time a row, S > {MANY}" for name in left}
+            self.plan = []
+        elements = len(self.plan) * self._inputs.heads * len(self.rows) * self._inputs.sizes["E"]
         self._allowed = most_failures(self.trials, self.delta, elements) if elements else 0
 
     def row(self, sweep: Sweep, claim: Claim, cost: float, step: Callable[[], None]) -> Row:
-        """Try one claim, and call `step` as often as there are heads."""
-        bound = self._bound(sweep, claim)
-        judged = bound != np.inf  # NaN is judged, and fails
-        heads = np.flatnonzero(judged.any(axis=(1, 2)))
-        rngs = np.random.default_rng([self._seed, 1]).spawn(self.trials if len(heads) else 0)
-        errors, spread = np.zeros((len(rngs), *bound.shape)), np.zeros(bound.shape)
-        fails, unknown, first = (np.zeros(bound.shape) for _ in range(3))
-        seconds, ticks = 0.0, 0
-        for trial, rng in enumerate(rngs):
-            made = drawn(sweep, self._inputs, rng)
-            for n, one in self._inputs.problems(made, sweep.declared, heads):
-                problem = _One(sweep, self._inputs, made, one, n)
-                exact = self._references.of(sweep, one, n, problem.options)
+        """Try one claim, and call `step` after each head."""
+        shape = self._inputs.heads, len(self.rows), self._inputs.sizes["E"]
+        errors, seconds = np.zeros((self.trials, *shape)), 0.0
+        bound, spread, fails, unknown, first = (np.zeros(shape) for _ in range(5))
+        for n in range(self._inputs.heads):
+            head = self._inputs.head(n)
+            bound[n] = self._bound(sweep, claim, n)
+            judged = bound[n] != np.inf  # NaN is judged, and fails
+            for trial in range(self.trials if judged.any() else 0):
+                rng = np.random.default_rng([self._run.seed, n, trial, 1])
+                problem = self._inputs.problem(sweep, n, head, draw(sweep, head, rng, self._inputs.scale))
+                exact = self._run.references.of(problem)
                 start = time.perf_counter()
                 o = problem.attend()
                 seconds += time.perf_counter() - start
                 error = np.abs(o - exact.o)[self.rows]
-                errors[trial, n], spread[n] = error, exact.spread[self.rows]
-                late = judged[n] & ~(error <= bound[n])
+                errors[trial, n], spread[n] = error, exact.spread
+                late = judged & ~(error <= bound[n])
                 if trial and not late.any():
                     continue
-                own, evaluation = problem.roundings()
-                slack = (exact.rounding + 2 * own + evaluation)[self.rows] + rounding.U * error
+                slack = (exact.rounding + 2 * problem.rounding() + problem.claim_rounding())[self.rows]
+                slack = slack + rounding.U * error
                 late &= ~(error <= bound[n] + slack)
                 known = np.isfinite(error) & np.isfinite(slack)
                 fails[n] += late & known
                 unknown[n] += late & ~known
                 first[n] = first[n] if trial else slack
-            while ticks < (trial + 1) * self._inputs.heads // len(rngs):
-                step()
-                ticks += 1
-        for _ in range(self._inputs.heads - ticks):
             step()
+        judged = bound != np.inf
         row = Row(
             method=f"{sweep.name}, over draws, δ={self.delta:g}",
             budget=sweep.text,
-            reference=self._references.text(sweep.declared),
+            reference=self._run.references.text(sweep.declared),
             cost=cost,
             error_max=math.nan,
             error_rms=math.nan,
@@ -119,12 +112,12 @@ class Trials:
             bound_max=math.inf,
             vacuous=1.0 - float(judged.mean()),
         )
-        if len(heads) == 0:
+        if not judged.any():
             return row
         error, claimed = errors[:, judged], bound[judged]
         within = np.where(np.isfinite(error) & (error <= first[judged]), 0.0, error)
-        most = np.sort(within, axis=0)[math.ceil((1 - self.delta) * len(rngs)) - 1]
-        sure, tried = most > 0, len(rngs) * int(judged.sum()) - int(unknown.sum())
+        most = np.sort(within, axis=0)[math.ceil((1 - self.delta) * self.trials) - 1]
+        sure, tried = most > 0, self.trials * int(judged.sum()) - int(unknown.sum())
         holds = None if unknown.any() else True
         return row._replace(
             error_max=float(error.max()),
@@ -137,31 +130,8 @@ class Trials:
             covered=(tried - float(fails.sum())) / tried if tried else math.nan,
         )
 
-    def _bound(self, sweep: Sweep, claim: Claim) -> Array:
-        """Return the claim for the chosen rows of every head, (heads, rows, E)."""
-        inputs, declared, verb = self._inputs, sweep.declared, getattr(sweep.module, claim.verb)
-        asked = {"delta": self.delta, "rows": tuple(map(int, self.rows)), "mask": inputs.mask(declared)}
-        positional, named = arguments(declared, inputs.arrays)
-        options = accepted(verb, asked | {"scale": inputs.scale} | sweep.options)
-        shape = len(self.rows), inputs.sizes["E"]
-        bound = np.asarray(verb(*positional, **named, **options), np.float64)
-        return np.broadcast_to(bound, (*inputs.shape, *shape)).reshape(inputs.heads, *shape)
-
-
-class _One:
-    """One problem with what was drawn for it."""
-
-    def __init__(self, sweep: Sweep, inputs: Inputs, made: Drawn, one: dict[str, Array], n: int) -> None:
-        mask = inputs.taken(inputs.mask(sweep.declared), n)
-        self._module, self._arrays = sweep.module, one
-        self.options = {"mask": mask, "scale": inputs.scale} | sweep.options | made.options
-        self._positional, named = arguments(sweep.declared, one)
-        self._named = named | accepted(sweep.module.attend, self.options)
-
-    def attend(self) -> Array:
-        return np.asarray(self._module.attend(*self._positional, **self._named), np.float64)
-
-    def roundings(self) -> tuple[Array, Array]:
-        """Return the rounding of the answer, and of the claim's evaluation."""
-        own = rounding.allowance(self._module.attend, *self._positional, **self._named)
-        return own, rounding.claim_rounding(self._module, self._arrays, self.options)
+    def _bound(self, sweep: Sweep, claim: Claim, n: int) -> Array:
+        """Return the claim for the chosen rows of a head, (rows, E)."""
+        problem = self._inputs.problem(sweep, n, self._inputs.head(n), Drawn({}, {}))
+        verb, asked = getattr(sweep.module, claim.verb), {"delta": self.delta, "rows": tuple(map(int, self.rows))}
+        return np.asarray(problem.call(verb, **asked), np.float64)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import masks, perturbation, rounding, softmax
+from refattn import masks, rounding, softmax
 from refattn._mix import tiles
 from refattn.masks import Pairs
 from refattn.method import Method, accepted
-from refattn.study._sweep import Inputs, Sweep, arguments
+from refattn.study._sweep import Inputs, Problem, arguments
 
 Array = NDArray[np.float64]
 
 
 class Exact(NamedTuple):
-    """Exact attention of one problem, its rounding, and the range of v over the keys that each row sees."""
+    """Exact attention of the measured rows of a problem, its rounding, and the range of each column of v, (E,)."""
 
     o: Array
     rounding: Array
@@ -33,46 +32,52 @@ class References:
         self._inputs = inputs
         self._known: dict[tuple[Any, ...], Exact] = {}
         self._kept: list[dict[str, Any]] = []  # what the keys name by its id stays
-        T, S, pairs = inputs.sizes["T"], inputs.sizes["S"], inputs.pairs
-        self._causal = masks.meet(pairs, masks.causal()).on(T, S), masks.causal().on(T, S)
-        self._within = pairs is not None and bool(np.all(self._causal[0].count == pairs.count))
+        T, S, own = inputs.sizes["T"], inputs.sizes["S"], inputs.whole
+        causal = masks.meet(own, masks.causal()).on(T, S), masks.causal().on(T, S)
+        self._within = own is not None and bool(np.all(causal[0].count == own.count))
+        self._causal = [pairs.pick(inputs.rows) if inputs.sampled else pairs for pairs in causal]
 
     def text(self, declared: Method) -> str:
         """Say what a method is measured against."""
-        masked = self._inputs.mask(declared) is not None
+        masked = self._inputs.masked(declared)
         if declared.causal and not (masked and self._within):
             return "softmax, same mask and causal" if masked else "softmax, causal"
         return "softmax, same mask" if masked else "softmax, unmasked"
 
     def seen(self, declared: Method) -> Pairs | None:
-        """Return the pairs that the reference sees."""
-        pairs = self._inputs.mask(declared)
-        return pairs if not declared.causal else self._causal[pairs is None]
+        """Return the pairs that the reference sees, of the measured rows."""
+        masked = self._inputs.masked(declared)
+        return self._causal[not masked] if declared.causal else self._inputs.mask(declared) if masked else None
 
-    def of(self, sweep: Sweep, one: Mapping[str, Array], n: int, options: Mapping[str, Any]) -> Exact:
-        """Return the reference of problem n, whose arrays and options these are."""
-        declared, own = sweep.declared, getattr(sweep.module, "exact", None)
+    def of(self, problem: Problem) -> Exact:
+        """Return the reference of a problem."""
+        declared, module, one = problem.sweep.declared, problem.sweep.module, problem.arrays
+        own = getattr(module, "exact", None)
         verb, arrays, given = softmax.attend, {name: one[name] for name in "qkv"}, dict[str, Any]()
+        seen, options = self.seen(declared), problem.options
         if own is not None:
             verb, arrays, given = own, accepted(own, one), accepted(own, options)
-        pairs = self._inputs.mask(declared)
-        seen = self.seen(declared) if own is None else pairs
-        key = verb, n, pairs is None, declared.causal, *((name, id(x)) for name, x in given.items())
+            given = {name: x for name, x in given.items() if name not in ("mask", "scale")}
+            seen = self._inputs.mask(declared)
+        key = verb, problem.n, self._inputs.masked(declared), declared.causal, *((s, id(x)) for s, x in given.items())
         known = self._known.get(key)
         if known is None or set(arrays) & set(declared.drawn):
-            common = {"mask": self._inputs.taken(seen, n), "scale": self._inputs.scale}
+            common = {"mask": self._inputs.one(seen, problem.n), "scale": self._inputs.scale}
             positional, named = arguments(declared, arrays)
             call = named | given | accepted(verb, common)
             o = np.asarray(verb(*positional, **call), np.float64)
-            spread = _spread(one["v"], self._inputs.taken(self.seen(declared), n), len(one["q"]))
+            spread = _spread(one["v"], self._inputs.one(self.seen(declared), problem.n))
             known = Exact(o, rounding.allowance(verb, *positional, **call), spread)
             self._known[key] = known
             self._kept.append(given)
         return known
 
 
-def _spread(v: Array, seen: Pairs | None, T: int) -> Array:
-    out, keys = np.zeros((T, v.shape[1])), np.arange(len(v))
-    for rows in tiles(np.arange(T), len(v)):
-        out[rows] = perturbation.spread(v, None if seen is None else seen.seen(rows, keys))
-    return out
+def _spread(v: Array, seen: Pairs | None) -> Array:
+    """Return the range of each column of v over the keys that any of the rows sees."""
+    if seen is None:
+        return np.ptp(v, axis=0)
+    some = np.zeros(len(v), np.bool_)
+    for rows in tiles(np.arange(seen.T), len(v)):
+        some |= seen.seen(rows, slice(None)).any(axis=0)
+    return np.ptp(v[some], axis=0) if some.any() else np.zeros(v.shape[1])

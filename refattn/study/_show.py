@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check, softmax
-from refattn.method import Method, accepted
+from refattn.method import Method
 from refattn.study._exact import References
 from refattn.study._sweep import (
-    Drawn,
     Inputs,
+    Problem,
     Sweep,
-    arguments,
     chosen,
     claims_over,
-    drawn,
+    draw,
     needed,
     options_of,
     sources,
@@ -143,42 +142,37 @@ def example(rng: np.random.Generator) -> tuple[Array, Array]:
     return points + 0.05 * rng.standard_normal((POINTS, 2)), (wave + 0.1 * rng.standard_normal(POINTS))[:, None]
 
 
-def problem(name: str, seed: int, options: Mapping[str, Any]) -> tuple[Sweep, Inputs, Drawn]:
-    """Return the method with its options, the checked example, and what the method drew for it."""
+def problem(name: str, seed: int, options: Mapping[str, Any]) -> tuple[Inputs, Problem]:
+    """Return the checked example, and the method's problem with its options and what it drew."""
     known = {module.METHOD.name: module for module in chosen(None)}
     module = known[_check.choice("name", name, tuple(known))]
     rng = np.random.default_rng(_check.integer("seed", seed, 0))
     points, v = example(rng)
-    inputs = Inputs(points, points, v, None, None)
+    inputs = Inputs(points, points, v)
     sweep = _sweep(module, options, inputs.sizes)
-    return sweep, inputs, drawn(sweep, inputs, rng)
+    head = inputs.head(0)
+    return inputs, inputs.problem(sweep, 0, head, draw(sweep, head, rng, inputs.scale))
 
 
 def compute(name: str, seed: int, options: Mapping[str, Any]) -> Shown:
     """Return what `show` draws."""
     with np.errstate(all="ignore"):  # the picture shows what is not finite
-        sweep, inputs, made = problem(name, seed, options)
-        declared, module, given = sweep.declared, sweep.module, {"scale": None} | sweep.options | made.options
-        (_, one), *_ = inputs.problems(made, declared)
-        positional, named = arguments(declared, one)
-
-        def of(verb: Any) -> Array:
-            return np.asarray(verb(*positional, **named, **accepted(verb, given)), np.float64)[:, 0]
-
+        inputs, one = problem(name, seed, options)
+        declared, module, q, k, v = one.sweep.declared, one.sweep.module, *(one.arrays[name] for name in "qkv")
         claim, references = next(claims_over(declared, "arrays"), None), References(inputs)
-        exact = softmax.weights(one["q"], one["k"], mask=references.seen(declared))
-        weights = _weights(module, one, given)
+        exact = softmax.weights(q, k, mask=references.seen(declared))
+        weights = weights_of(one)
         return Shown(
             name=declared.name,
-            options=sweep.name,
+            options=one.sweep.name,
             causal=declared.causal,
-            v=one["v"][:, 0],
+            v=v[:, 0],
             exact=exact,
             weights=weights,
             difference=weights - exact if "v" in declared.linear_in else None,
-            o_exact=references.of(sweep, one, 0, given).o[:, 0],
-            o=of(module.attend),
-            bound=None if claim is None else of(getattr(module, claim.verb)),
+            o_exact=references.of(one).o[:, 0],
+            o=one.attend()[:, 0],
+            bound=None if claim is None else one.call(getattr(module, claim.verb))[:, 0],
         )
 
 
@@ -199,11 +193,9 @@ def _sweep(module: ModuleType, given: Mapping[str, Any], sizes: Mapping[str, int
     return Sweep(text, module, None, options, sources(module)[0])
 
 
-def _weights(module: ModuleType, one: Mapping[str, Array], options: Mapping[str, Any]) -> Array:
+def weights_of(problem: Problem) -> Array:
     """Return the sum of the matrices that multiply v: an optional argument that is not given is v."""
-    declared: Method = module.METHOD
-    positional, named = arguments(declared, {name: x for name, x in one.items() if name not in declared.linear_in})
-    found: Any = module.weights(*positional, **named, **accepted(module.weights, options))
+    found: Any = problem.call(problem.sweep.module.weights)
     return np.asarray(found if isinstance(found, np.ndarray) else sum(found), np.float64)
 
 

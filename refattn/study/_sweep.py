@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import _check, masks, method
-from refattn.heads import Leads, leads
+from refattn import _check, masks, method, rounding, softmax
+from refattn.heads import Leads, leads, matrix
 from refattn.masks import MaskLike, Pairs
 from refattn.method import REQUIRED, Claim, Method, accepted
 from refattn.study._read import finite
@@ -39,19 +40,34 @@ class Sweep(NamedTuple):
         """The budget as tables show it."""
         return "" if self.budget is None else f"{self.budget[0]}={self.budget[1]}"
 
+    def at(self, budget: Any) -> Sweep:
+        """Return the same at another budget."""
+        name = self.declared.budget
+        return self if name is None else self._replace(budget=(name, budget), options=self.options | {name: budget})
+
 
 class Drawn(NamedTuple):
-    """What a method drew: arrays, for all heads at once, and options."""
+    """What a method drew for one head: arrays, and options."""
 
     arrays: dict[str, Any]
     options: dict[str, Any]
 
 
 class Inputs:
-    """The checked arrays of a study, its mask and scale, and how their leading axes make problems."""
+    """The checked arrays of a study, its mask, scale and measured rows, and how their leading axes make problems."""
 
-    def __init__(self, q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: MaskLike, scale: float | None) -> None:
-        """Check all of them."""
+    def __init__(
+        self,
+        q: ArrayLike,
+        k: ArrayLike,
+        v: ArrayLike,
+        mask: MaskLike = None,
+        scale: float | None = None,
+        *,
+        rows: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Check all of them, and choose `rows` rows where there are more."""
         named = (("q", q, "T D"), ("k", k, "S D"), ("v", v, "S E"))
         self.arrays: dict[str, Any] = {name: finite(name, x, axes) for name, x, axes in named}
         (T, D), (S, E) = self.arrays["q"].shape[-2:], self.arrays["v"].shape[-2:]
@@ -59,37 +75,94 @@ class Inputs:
         _check.size("v", S, self.arrays["k"].shape[-2], "S", "k")
         self.sizes = {"T": T, "S": S, "D": D, "E": E}
         _check.scale(scale, D)
-        self.scale, self.pairs = scale, masks.bind(mask, T, S)
-        self.prefix = self.pairs is not None and masks.prefix_ends(self.pairs) is not None
+        self.scale, self.whole = scale, masks.bind(mask, T, S)
+        prefix = self.whole is not None and masks.prefix_ends(self.whole) is not None
         joined = self._leads({})
         self.shape, self.heads = joined.shape, math.prod(joined.shape)
         if min(*self.sizes.values(), self.heads) == 0:
             raise ValueError(f"q, k and v leave nothing to compare: {self.sizes} and {self.heads} heads")
-        self._mask_of = joined.of.get("mask")
+        self._of, self._prefix = joined.of, prefix
+        some = T if rows is None else min(T, _check.integer("rows", rows, 1))
+        self.rows = np.sort(np.random.default_rng(seed).choice(T, some, replace=False))
+        self.sampled = some < T
+        self._all = masks.window(None, None).on(T, S).pick(self.rows) if self.sampled else None
+        self._own = self.whole.pick(self.rows) if self.sampled and self.whole is not None else self.whole
+
+    def masked(self, declared: Method) -> bool:
+        """Whether the method takes the study's mask."""
+        takes = declared.masks == "any" or (declared.masks == "prefix" and self._prefix)
+        return takes and self.whole is not None
 
     def mask(self, declared: Method) -> Pairs | None:
-        """Return the mask, where the method takes it."""
-        return self.pairs if declared.masks == "any" or (declared.masks == "prefix" and self.prefix) else None
+        """Return what a method is given as its mask: where few rows are measured, one that places them."""
+        return self._own if self.masked(declared) else self._all if declared.masks == "any" else None
 
-    def taken(self, pairs: Pairs | None, n: int) -> Pairs | None:
-        """Return the mask of problem n; one that is not the study's own, such as causal, is the same for all."""
-        return pairs if pairs is None or self._mask_of is None else pairs.take(int(self._mask_of[n]))
+    def one(self, pairs: Pairs | None, n: int) -> Pairs | None:
+        """Return the mask of problem n; one without leading axes is the same for all."""
+        return pairs.take(int(self._of["mask"][n])) if pairs is not None and pairs.lead else pairs
 
-    def problems(
-        self, drawn: Drawn, declared: Method, which: Iterable[int] | None = None
-    ) -> Iterator[tuple[int, dict[str, Array]]]:
-        """Yield the number of each problem and its arrays, without leading axes, in float64."""
-        arrays = self.arrays | drawn.arrays
-        lead = {name: x.shape[: x.ndim - len(declared.arrays[name].split())] for name, x in arrays.items()}
-        of = self._leads({name: lead[name] for name in drawn.arrays}).of
-        for n in range(self.heads) if which is None else which:
-            at: dict[str, Any] = {name: np.unravel_index(of[name][n], lead[name]) for name in arrays}
-            yield int(n), {name: np.asarray(x[at[name]], np.float64) for name, x in arrays.items()}
+    def head(self, n: int) -> dict[str, Array]:
+        """Return q, k and v of problem n in float64, all their rows."""
+        return {name: np.asarray(matrix(self.arrays[name], int(self._of[name][n])), np.float64) for name in "qkv"}
+
+    def problem(self, sweep: Sweep, n: int, arrays: Mapping[str, Array], made: Drawn) -> Problem:
+        """Return problem n of a sweep, given its `head` and what was drawn for it."""
+        own = {**arrays, "q": arrays["q"][self.rows] if self.sampled else arrays["q"], **made.arrays}
+        options = {"scale": self.scale} | sweep.options | made.options
+        return Problem(sweep, n, own, options | {"mask": self.one(self.mask(sweep.declared), n)})
+
+    def cost(self, sweep: Sweep, n: int, made: Drawn) -> int:
+        """Return the floating-point operations of problem n, with all its rows."""
+        mask = self.one(self.whole, n) if self.masked(sweep.declared) else None
+        options = {"mask": mask} | sweep.options | made.options
+        return sweep.module.cost(**self.sizes, **accepted(sweep.module.cost, options)).flops
+
+    @cached_property
+    def exact_cost(self) -> int:
+        """The floating-point operations of exact attention with the study's mask, over all heads."""
+        return sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in range(self.heads))
+
+    def fit(self, sweep: Sweep) -> list[Drawn]:
+        """Fit what the method draws, to all heads at once, and return it head by head."""
+        verb = sweep.module.fit
+        made = verb(*(self.arrays[s] for s in "qkv"), **accepted(verb, {"scale": self.scale} | sweep.options))
+        named = dict(zip(sweep.declared.drawn, made, strict=True))
+        tails = {name: len(sweep.declared.arrays[name].split()) for name in named}
+        of = self._leads({name: x.shape[: x.ndim - tails[name]] for name, x in named.items()}).of
+        return [Drawn({name: matrix(x, int(of[name][n])) for name, x in named.items()}, {}) for n in range(self.heads)]
 
     def _leads(self, drawn: Mapping[str, tuple[int, ...]]) -> Leads:
         q, k, v = (self.arrays[name].shape[:-2] for name in "qkv")
-        mask = {} if self.pairs is None else {"mask": self.pairs.lead}
+        mask = {} if self.whole is None else {"mask": self.whole.lead}
         return leads({"q": q} | mask, {"k": k, "v": v, **drawn})
+
+
+class Problem(NamedTuple):
+    """One head of a sweep, with what was drawn for it; q are the rows that are measured."""
+
+    sweep: Sweep
+    n: int
+    arrays: dict[str, Array]
+    options: dict[str, Any]
+
+    def call(self, verb: Callable[..., Any], **more: Any) -> Any:
+        """Call a verb of the module with these arrays and those options that it takes."""
+        positional, named = arguments(self.sweep.declared, accepted(verb, self.arrays))
+        return verb(*positional, **named, **accepted(verb, self.options | more))
+
+    def attend(self) -> Array:
+        """Return the method's answer, (rows, E)."""
+        return np.asarray(self.call(self.sweep.module.attend), np.float64)
+
+    def rounding(self) -> Array:
+        """Return how far rounding may take the answer, (rows, E)."""
+        attend = self.sweep.module.attend
+        positional, named = arguments(self.sweep.declared, self.arrays)
+        return rounding.allowance(attend, *positional, **named, **accepted(attend, self.options))
+
+    def claim_rounding(self) -> Array:
+        """Return how far the evaluation of a claim may be below the claim, (rows, E)."""
+        return rounding.claim_rounding(self.sweep.module, self.arrays, self.options)
 
 
 def chosen(names: Sequence[str] | None) -> list[ModuleType]:
@@ -145,16 +218,15 @@ def sources(module: ModuleType) -> tuple[Source, ...]:
     return ("draw", "fit") if hasattr(module, "fit") else ("draw",)
 
 
-def drawn(sweep: Sweep, inputs: Inputs, rng: np.random.Generator) -> Drawn:
-    """Draw or fit what the method draws, for all heads at once."""
+def draw(sweep: Sweep, arrays: Mapping[str, Array], rng: np.random.Generator, scale: float | None) -> Drawn:
+    """Draw what the method draws, for one head; nothing where it draws nothing."""
     if sweep.source is None:
         return Drawn({}, {})
-    verb, options = getattr(sweep.module, sweep.source), {"scale": inputs.scale} | sweep.options
-    first = (rng,) if sweep.source == "draw" else ()
-    made = verb(*first, *(inputs.arrays[name] for name in "qkv"), **accepted(verb, options))
+    verb = sweep.module.draw
+    made = verb(rng, *(arrays[name] for name in "qkv"), **accepted(verb, {"scale": scale} | sweep.options))
     named = dict(zip(sweep.declared.drawn, made, strict=True))
-    arrays = {name: x for name, x in named.items() if name in sweep.declared.arrays}
-    return Drawn(arrays, {name: x for name, x in named.items() if name not in arrays})
+    own = {name: x for name, x in named.items() if name in sweep.declared.arrays}
+    return Drawn(own, {name: x for name, x in named.items() if name not in own})
 
 
 def claims_over(declared: Method, over: Literal["arrays", "draw"]) -> Iterator[Claim]:

@@ -13,7 +13,62 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import rich.text
 
+    from refattn.study._run import Run
+
 Array = NDArray[np.float64]
+
+
+class Head(NamedTuple):
+    """What a row says of one head alone; the columns are `Row`'s.
+
+    `worst` are the measured rows (numbers of T) of the largest errors, the worst first, and `worst_error` each one's
+    root mean square of error ÷ spread.
+    """
+
+    error_max: float
+    error_relative: float
+    bound_relative: float | None
+    holds: bool | None
+    worst: tuple[int, ...]
+    worst_error: tuple[float, ...]
+
+
+class Setting(NamedTuple):
+    """What a table was measured on, and how.
+
+    Parameters
+    ----------
+    sizes
+        T, S, D and E.
+    heads
+        The leading axes of the answer, such as (layers, heads).
+    mask
+        The mask as text; None where all is seen.
+    scale
+        As given; None is 1/√D.
+    rows
+        The rows that were measured; None where all were.
+    seed, delta, trials
+        As given to `compare`.
+    budget
+        The largest cost that was measured; None where there was no limit.
+    layers
+        Labels of the first leading axis, where there are any.
+    tokens
+        The keys' tokens, where they are known.
+    """
+
+    sizes: Mapping[str, int]
+    heads: tuple[int, ...]
+    mask: str | None
+    scale: float | None
+    rows: tuple[int, ...] | None
+    seed: int
+    delta: float
+    trials: int
+    budget: float | None = None
+    layers: tuple[str, ...] | None = None
+    tokens: tuple[str, ...] | None = None
 
 
 class Row(NamedTuple):
@@ -32,8 +87,8 @@ class Row(NamedTuple):
     error_max, error_rms
         Of |õ − o|.
     error_relative
-        Root mean square, over all elements, of |õ − o| ÷ the range of that column of v over the keys that the row
-        sees: 1 is as wrong as an average of the same values can be. An error within rounding counts as 0.
+        Root mean square, over all elements, of |õ − o| ÷ the range of that column of v over the keys that the head's
+        rows see: 1 is as wrong as an average of the same values can be. An error within rounding counts as 0.
     seconds
         Spent in `attend`, over all heads.
     bound_max, bound_relative
@@ -50,6 +105,8 @@ class Row(NamedTuple):
         Of such a claim: the part of elements that it says nothing of, its bound being infinite. The other columns are
         about the rest, errors in every draw; `bound_ratio` is the median of bound ÷ the error's 1 − δ quantile. NaN
         errors and an infinite bound where it says nothing at all.
+    heads
+        The same by head, in the order of the leading axes; empty for claims over the draw.
     """
 
     method: str
@@ -66,8 +123,16 @@ class Row(NamedTuple):
     holds: bool | None = None
     covered: float | None = None
     vacuous: float | None = None
+    heads: tuple[Head, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name in the table of methods, without its variant."""
+        return self.method.partition(" ")[0].partition(",")[0]
 
 
+COLUMNS = Row._fields[:-1]
+"""The fields of a row that are one value each."""
 HEADINGS: Mapping[str, str] = {
     "budget": "budget",
     "cost": "flops÷ exact",
@@ -114,10 +179,21 @@ class Table:
     —         0.5  0.25   0.1    0.2     —      —      — 0.01     —
     """
 
-    def __init__(self, rows: Iterable[Row], title: str = "") -> None:
-        """Hold rows under a title."""
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        title: str = "",
+        *,
+        setting: Setting | None = None,
+        partial: bool = False,
+        left_out: Mapping[str, str] | None = None,
+        run: Run | None = None,
+    ) -> None:
+        """Hold rows under a title; `partial` where the study was stopped, `left_out` what was not measured and why."""
         self.rows: tuple[Row, ...] = tuple(rows)
-        self.title = title
+        self.title, self.setting, self.partial = title, setting, partial
+        self.left_out: dict[str, str] = dict(left_out or {})
+        self.run = run
 
     def __repr__(self) -> str:
         """Return the plain text."""
@@ -125,7 +201,7 @@ class Table:
 
     def __str__(self) -> str:
         """Return plain text: a line for each row under its method, and one for each violated claim."""
-        text = [self.title] * bool(self.title)
+        text = [line for line in (self.title, *self.notes) if line]
         for headings, over_draws in ((HEADINGS, False), (HEADINGS_OVER_DRAWS, True)):
             text += _block([row for row in self.rows if (row.vacuous is not None) == over_draws], headings)
         return "\n".join([*(line.rstrip() for line in text), *self.violations])
@@ -137,6 +213,15 @@ class Table:
         text = rich.text.Text(str(self))
         text.highlight_regex(".*VIOLATED.*", "bold red")
         return text
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """One sentence for all that the rows do not cover."""
+        rows = None if self.setting is None else self.setting.rows
+        found = ["partial: stopped before the end"] * self.partial
+        if self.setting is not None and rows is not None:
+            found.append(f"measured on {len(rows)} of {self.setting.sizes['T']} rows of each head")
+        return (*found, *(f"left out: {name}: {why}" for name, why in self.left_out.items()))
 
     @property
     def violations(self) -> tuple[str, ...]:
@@ -153,8 +238,8 @@ def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
     """Write the rows of several tables, titles in the first column; floats come back bit for bit, None is empty."""
     with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["input", *Row._fields])
-        writer.writerows([table.title, *row] for table in tables for row in table.rows)
+        writer.writerow(["input", *COLUMNS])
+        writer.writerows([table.title, *row[: len(COLUMNS)]] for table in tables for row in table.rows)
 
 
 def _block(rows: Sequence[Row], headings: Mapping[str, str]) -> list[str]:

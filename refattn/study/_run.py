@@ -1,0 +1,132 @@
+"""One study as it runs: its arrays, its plan, and what it measures of one method at one budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn import rounding
+from refattn.study._exact import References
+from refattn.study._sweep import Drawn, Inputs, Problem, Sweep, chosen, claims_over, draw, sweeps
+from refattn.study._table import Head, Row, over, rms
+
+Array = NDArray[np.float64]
+WORST = 5
+"""How many rows of each head are remembered as its worst."""
+
+
+class Run:
+    """Arrays, references and plan of a study. What a method draws depends on the seed and the head alone."""
+
+    def __init__(self, inputs: Inputs, methods: Sequence[str] | None, seed: int) -> None:
+        """Plan every method over its budgets; what few rows cannot be asked for is left out."""
+        self.inputs, self.seed, self.references = inputs, seed, References(inputs)
+        self.left_out: dict[str, str] = {}
+        self.plan = [sweep for sweep in sweeps(chosen(methods), inputs.sizes) if self._answered(sweep)]
+        self._fitted: tuple[Sweep, list[Drawn]] | None = None
+
+    def made(self, sweep: Sweep, n: int) -> Drawn:
+        """Return what the method draws for head n, or what was fitted to it."""
+        if sweep.source != "fit":
+            return draw(sweep, self.inputs.head(n), np.random.default_rng([self.seed, n]), self.inputs.scale)
+        if self._fitted is None or self._fitted[0] is not sweep:
+            self._fitted = sweep, self.inputs.fit(sweep)
+        return self._fitted[1][n]
+
+    def problems(self, sweep: Sweep) -> Iterator[Problem]:
+        """Yield the heads of a sweep."""
+        return (self.problem(sweep, n) for n in range(self.inputs.heads))
+
+    def problem(self, sweep: Sweep, n: int) -> Problem:
+        """Return head n of a sweep."""
+        return self.inputs.problem(sweep, n, self.inputs.head(n), self.made(sweep, n))
+
+    def cost(self, sweep: Sweep) -> float:
+        """Return a sweep's cost, as a part of exact attention's."""
+        flops = sum(self.inputs.cost(sweep, n, self.made(sweep, n)) for n in range(self.inputs.heads))
+        return flops / self.inputs.exact_cost if self.inputs.exact_cost else math.nan
+
+    def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:
+        """Return the row of a sweep, and call `step` after each head."""
+        inputs, claim = self.inputs, next(claims_over(sweep.declared, "arrays"), None)
+        shape = inputs.heads, len(inputs.rows), inputs.sizes["E"]
+        error, slack, bound, seconds = np.empty(shape), np.empty(shape), np.empty(shape), 0.0
+        spread = np.empty((inputs.heads, 1, inputs.sizes["E"]))
+        for n, problem in enumerate(self.problems(sweep)):
+            start = time.perf_counter()
+            o = problem.attend()
+            seconds += time.perf_counter() - start
+            exact, own = self.references.of(problem), problem.rounding()
+            error[n], spread[n] = np.abs(o - exact.o), exact.spread
+            slack[n] = exact.rounding + own + rounding.U * error[n]
+            if claim is not None:
+                bound[n] = problem.call(getattr(sweep.module, claim.verb))
+                slack[n] = slack[n] + own + problem.claim_rounding()  # õ is in the claim too
+            step()
+        row = Row(
+            method=sweep.name,
+            budget=sweep.text,
+            reference=self.references.text(sweep.declared),
+            cost=cost,
+            seconds=seconds,
+            **_errors(error, slack, spread),
+            **({} if claim is None else _claimed(error, slack, spread, bound)),
+        )
+        heads = range(inputs.heads)
+        return row._replace(
+            heads=tuple(self._head(*(x[n] for x in (error, slack, spread, bound)), claim) for n in heads)
+        )
+
+    def _head(self, error: Array, slack: Array, spread: Array, bound: Array, claimed: bool) -> Head:
+        """Return what a row says of one head."""
+        each = np.sqrt(np.square(over(np.where(_sure(error, slack), error, 0.0), spread)).mean(axis=1))
+        worst = np.argsort(-np.where(np.isnan(each), -1.0, each), kind="stable")[:WORST]
+        found = _claimed(error, slack, spread, bound) if claimed else {}
+        errors = _errors(error, slack, spread)
+        return Head(
+            error_max=errors["error_max"],
+            error_relative=errors["error_relative"],
+            bound_relative=found.get("bound_relative"),
+            holds=found.get("holds"),
+            worst=tuple(int(self.inputs.rows[i]) for i in worst),
+            worst_error=tuple(float(each[i]) for i in worst),
+        )
+
+    def _answered(self, sweep: Sweep) -> bool:
+        if not self.inputs.sampled:
+            return True
+        if not sweep.declared.rowwise:
+            self.left_out[sweep.declared.name] = "a row's answer depends on all rows"
+        elif sweep.source == "fit":
+            self.left_out[sweep.name] = "what is fitted depends on all rows"
+        return sweep.declared.rowwise and sweep.source != "fit"
+
+
+def _sure(error: Array, slack: Array) -> NDArray[np.bool_]:
+    """Return which errors are above rounding, or not finite."""
+    return ~np.isfinite(error) | (error > slack)
+
+
+def _errors(error: Array, slack: Array, spread: Array) -> dict[str, Any]:
+    within = np.where(_sure(error, slack), error, 0.0)
+    return {
+        "error_max": float(error.max()),
+        "error_rms": rms(error),
+        "error_relative": rms(over(within, spread)),
+    }
+
+
+def _claimed(error: Array, slack: Array, spread: Array, bound: Array) -> dict[str, Any]:
+    known = np.isfinite(error) & np.isfinite(slack)
+    sure, kept = known & (error > slack), (error <= bound + slack)[known].all()
+    return {
+        "bound_max": float(bound.max()),
+        "bound_relative": rms(over(bound, spread)),
+        "bound_ratio": float(np.median(bound[sure] / error[sure])) if sure.any() else math.nan,
+        "holds": (True if known.all() else None) if kept else False,
+    }
