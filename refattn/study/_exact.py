@@ -76,8 +76,8 @@ class References:
 def _spread(v: Array, seen: Pairs | None) -> Array:
     """Return the range of each column of v over the keys that any of the rows sees."""
     if seen is None:
-        return np.ptp(v, axis=0)
+        return v.max(axis=0) - v.min(axis=0)
     some = np.zeros(len(v), np.bool_)
     for rows in tiles(np.arange(seen.T), len(v)):
         some |= seen.seen(rows, slice(None)).any(axis=0)
-    return np.ptp(v[some], axis=0) if some.any() else np.zeros(v.shape[1])
+    return _spread(v[some], None) if some.any() else np.zeros(v.shape[1])

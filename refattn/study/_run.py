@@ -38,6 +38,10 @@ class Run:
             self._fitted = sweep, self.inputs.fit(sweep)
         return self._fitted[1][n]
 
+    def sweep(self, row: Row) -> Sweep:
+        """Return the sweep of a row that this run measured."""
+        return next(sweep for sweep in self.plan if (sweep.name, sweep.text) == (row.method, row.budget))
+
     def problems(self, sweep: Sweep) -> Iterator[Problem]:
         """Yield the heads of a sweep."""
         return (self.problem(sweep, n) for n in range(self.inputs.heads))
@@ -79,7 +83,7 @@ class Run:
         )
         heads = range(inputs.heads)
         return row._replace(
-            heads=tuple(self._head(*(x[n] for x in (error, slack, spread, bound)), claim) for n in heads)
+            heads=tuple(self._head(error[n], slack[n], spread[n], bound[n], claim is not None) for n in heads)
         )
 
     def _head(self, error: Array, slack: Array, spread: Array, bound: Array, claimed: bool) -> Head:

@@ -83,7 +83,8 @@ class Inputs:
             raise ValueError(f"q, k and v leave nothing to compare: {self.sizes} and {self.heads} heads")
         self._of, self._prefix = joined.of, prefix
         some = T if rows is None else min(T, _check.integer("rows", rows, 1))
-        self.rows = np.sort(np.random.default_rng(seed).choice(T, some, replace=False))
+        self.rows: NDArray[np.int64] = np.random.default_rng(seed).permutation(T)[:some]
+        self.rows.sort()
         self.sampled = some < T
         self._all = masks.window(None, None).on(T, S).pick(self.rows) if self.sampled else None
         self._own = self.whole.pick(self.rows) if self.sampled and self.whole is not None else self.whole
