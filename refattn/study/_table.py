@@ -1,17 +1,21 @@
-"""The table that a study answers with: plain text, coloured by Rich, and CSV."""
+"""The table that a study answers with: rows that are sliced, printed, drawn, and kept as CSV."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.study import _text
+
 if TYPE_CHECKING:
+    import pandas
     import rich.text
+    from matplotlib.figure import Figure
 
     from refattn.study._run import Run
 
@@ -133,38 +137,14 @@ class Row(NamedTuple):
 
 COLUMNS = Row._fields[:-1]
 """The fields of a row that are one value each."""
-HEADINGS: Mapping[str, str] = {
-    "budget": "budget",
-    "cost": "flops÷ exact",
-    "error_max": "error max",
-    "error_rms": "error RMS",
-    "error_relative": "error÷ spread",
-    "bound_max": "bound max",
-    "bound_relative": "bound÷ spread",
-    "bound_ratio": "bound÷ error",
-    "seconds": "s",
-    "holds": "holds",
-}
-"""What is above each column of the text."""
-HEADINGS_OVER_DRAWS: Mapping[str, str] = {
-    "budget": "budget",
-    "error_max": "error max",
-    "error_relative": "error÷ spread",
-    "bound_max": "bound max",
-    "bound_relative": "bound÷ spread",
-    "bound_ratio": "bound÷ error",
-    "vacuous": "vac- uous",
-    "covered": "covered",
-    "seconds": "s",
-    "holds": "holds",
-}
-"""And above those of claims over the draw."""
 
 
 class Table:
     """Rows, in the order of the sweep, and what they were measured on.
 
-    `str` and Rich print it; `write_csv` keeps every digit.
+    `str`, Rich and notebooks print it; `write_csv` keeps every digit. ``table["longformer"]`` is the table of that
+    method alone, all its variants; ``table[["longformer", "performer"]]`` of several; ``table[3:8]`` of some rows; and
+    ``table[3]`` is a row.
 
     Examples
     --------
@@ -177,6 +157,8 @@ class Table:
     budget  exact   max   RMS spread   max spread  error    s holds
     none, against softmax, unmasked
     —         0.5  0.25   0.1    0.2     —      —      — 0.01     —
+    >>> Table([row], "toy").methods
+    ('none',)
     """
 
     def __init__(
@@ -195,6 +177,67 @@ class Table:
         self.left_out: dict[str, str] = dict(left_out or {})
         self.run = run
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        """Iterate over the rows."""
+        return iter(self.rows)
+
+    @overload
+    def __getitem__(self, key: int) -> Row: ...
+    @overload
+    def __getitem__(self, key: slice | str | Sequence[str]) -> Table: ...
+    def __getitem__(self, key: int | slice | str | Sequence[str]) -> Row | Table:
+        """Return a row by its number, or the table of some rows: by numbers, or by one or several methods' names."""
+        if isinstance(key, int):
+            return self.rows[key]
+        if isinstance(key, slice):
+            return self._of(self.rows[key])
+        names = [key] if isinstance(key, str) else list(key)
+        for name in names:
+            if name not in self.methods:
+                raise KeyError(f"{name!r} is no method of this table; it has {', '.join(self.methods)}")
+        return self._of(row for row in self.rows if row.name in names)
+
+    def _of(self, rows: Iterable[Row]) -> Table:
+        """Return a table of these of the rows."""
+        about = {"setting": self.setting, "partial": self.partial, "left_out": self.left_out, "run": self.run}
+        return Table(rows, self.title, **about)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods, in the order of the rows."""
+        return tuple(dict.fromkeys(row.name for row in self.rows))
+
+    def plot(self) -> Figure:
+        """Return a Matplotlib figure of error against cost: every method, with its bounds as thin lines."""
+        from refattn.study._figures import plot
+
+        return plot(self)
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a data frame of the columns that are one value each; NaN where a number is None.
+
+        Raises
+        ------
+        ImportError
+            Without pandas.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from None
+        kinds = {name: "boolean" if name == "holds" else "float64" for name in COLUMNS[3:]}
+        return pandas.DataFrame([row[: len(COLUMNS)] for row in self.rows], columns=list(COLUMNS)).astype(kinds)
+
+    def _repr_html_(self) -> str:
+        """Return the table as a notebook shows it."""
+        from refattn.study._html import notebook
+
+        return notebook(self)
+
     def __repr__(self) -> str:
         """Return the plain text."""
         return str(self)
@@ -202,8 +245,8 @@ class Table:
     def __str__(self) -> str:
         """Return plain text: a line for each row under its method, and one for each violated claim."""
         text = [line for line in (self.title, *self.notes) if line]
-        for headings, over_draws in ((HEADINGS, False), (HEADINGS_OVER_DRAWS, True)):
-            text += _block([row for row in self.rows if (row.vacuous is not None) == over_draws], headings)
+        for headings, rows in _text.blocks(self.rows):
+            text += _text.lines(rows, headings)
         return "\n".join([*(line.rstrip() for line in text), *self.violations])
 
     def __rich__(self) -> rich.text.Text:
@@ -240,48 +283,6 @@ def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
         writer = csv.writer(file)
         writer.writerow(["input", *COLUMNS])
         writer.writerows([table.title, *row[: len(COLUMNS)]] for table in tables for row in table.rows)
-
-
-def _block(rows: Sequence[Row], headings: Mapping[str, str]) -> list[str]:
-    """Return the lines of rows with the same columns, under their headings."""
-    if not rows:
-        return []
-    above = [["", *heading.split(" ", 1)][-2:] for heading in headings.values()]
-    cells = [*zip(*above, strict=True), *([_cell(row, name) for name in headings] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [" ".join([one.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for one, *rest in cells]
-    text, group = lines[:2], None
-    for row, line in zip(rows, lines[2:], strict=True):
-        if (row.method, row.reference) != group:
-            group = row.method, row.reference
-            text.append(f"{row.method}, against {row.reference}")
-        text.append(line)
-    return text
-
-
-def _cell(row: Row, name: str) -> str:
-    x: Any = getattr(row, name)
-    if row.vacuous == 1 and name == "bound_max":
-        return "vacuous"
-    if name == "holds" and x is None and row.bound_max is not None and row.vacuous != 1:
-        return "not finite"
-    if x is None or x == "" or x != x:
-        return "—"
-    if name == "holds":
-        return "yes" if x else "VIOLATED"
-    if isinstance(x, str):
-        return x
-    if name == "seconds":
-        return f"{x:.2f}"
-    if name in ("covered", "vacuous"):
-        return _part(x)
-    return f"{x:.3g}" if x == 0 or 1e-3 <= x < 1e3 else f"{x:.1e}"
-
-
-def _part(x: float) -> str:
-    """Show a part of all, such that only none is 0 and only all is 1."""
-    text = f"{x:.4g}"
-    return text if text not in ("0", "1") or x in (0, 1) else ("<1e-4" if x < 0.5 else ">.9999")
 
 
 def over(x: Array, spread: Array) -> Array:
