@@ -222,16 +222,16 @@ def _matrices(part: Any, shown: Shown) -> None:
         images = _image(exact, title, shown.exact, "key"), _image(own, f"{name}: reads", shown.weights, "slot")
         own.set(aspect="auto", box_aspect=1)
         for image in images:
-            _weighted(image, _largest(np.asarray(image.get_array())))
+            weighted(image, largest(np.asarray(image.get_array())))
             part.colorbar(image, ax=image.axes, shrink=0.9, label=WEIGHT)
         return
     exact, own, apart = part.subplots(1, 3)
     images = _image(exact, title, shown.exact, "key"), _image(own, name, shown.weights, "key")
-    signed, top = bool((shown.weights < 0).any()), max(_largest(shown.exact), _largest(shown.weights))
+    signed, top = bool((shown.weights < 0).any()), max(largest(shown.exact), largest(shown.weights))
     for image in images:
-        _weighted(image, top, signed)
+        weighted(image, top, signed)
     part.colorbar(images[0], ax=[exact, own], shrink=0.7, label=SIGNED_WEIGHT if signed else WEIGHT, **below)
-    third, most = _image(apart, f"{name} − exact", shown.difference, "key"), _largest(shown.difference)
+    third, most = _image(apart, f"{name} − exact", shown.difference, "key"), largest(shown.difference)
     third.set(cmap="RdBu_r", clim=(-most, most))
     part.colorbar(third, ax=apart, label="difference of weights", ticks=MaxNLocator(5), **below | {"aspect": 20})
 
@@ -244,7 +244,7 @@ def _image(axes: Any, title: str, x: Array, along: str) -> Any:
     return image
 
 
-def _weighted(image: Any, top: float, signed: bool = False) -> None:
+def weighted(image: Any, top: float, signed: bool = False, unseen: str = UNSEEN) -> None:
     """Colour weights by their roots: else the first rows of causal attention, whose weights are large, hide all."""
     from matplotlib import colormaps
     from matplotlib.colors import FuncNorm, PowerNorm
@@ -252,7 +252,7 @@ def _weighted(image: Any, top: float, signed: bool = False) -> None:
     if signed:
         image.set(cmap="PuOr_r", norm=FuncNorm((_root, _square), -top, top))
         return
-    image.set(cmap=colormaps["viridis"].with_extremes(bad=UNSEEN), norm=PowerNorm(0.5, 0.0, top))
+    image.set(cmap=colormaps["viridis"].with_extremes(bad=unseen), norm=PowerNorm(0.5, 0.0, top))
     image.set_data(np.ma.masked_equal(image.get_array(), 0.0))
 
 
@@ -264,7 +264,7 @@ def _square(x: Any) -> Any:
     return np.sign(x) * np.square(x)
 
 
-def _largest(x: Array) -> float:
+def largest(x: Array) -> float:
     """Return the largest absolute value that is finite, or 1 where there is none above 0."""
     top = float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0))
     return top or 1.0
