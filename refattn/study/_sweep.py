@@ -82,7 +82,7 @@ class Inputs:
         self.shape, self.heads = joined.shape, math.prod(joined.shape)
         if min(*self.sizes.values(), self.heads) == 0:
             raise ValueError(f"q, k and v leave nothing to compare: {self.sizes} and {self.heads} heads")
-        self._of, self._prefix = joined.of, prefix
+        self._of, self._prefix, self._wide = joined.of, prefix, dict[tuple[str, int], Array]()
         some = T if rows is None else min(T, _check.integer("rows", rows, 1))
         self._measure(np.sort(np.random.default_rng(seed).permutation(T)[:some]))
 
@@ -107,7 +107,12 @@ class Inputs:
 
     def head(self, n: int) -> dict[str, Array]:
         """Return q, k and v of problem n in float64, all their rows."""
-        return {name: np.asarray(matrix(self.arrays[name], int(self._of[name][n])), np.float64) for name in "qkv"}
+        return {name: self._widened(name, int(self._of[name][n])) for name in "qkv"}
+
+    def _widened(self, name: str, flat: int) -> Array:
+        if (name, flat) not in self._wide:
+            self._wide[name, flat] = np.asarray(matrix(self.arrays[name], flat), np.float64)
+        return self._wide[name, flat]
 
     def problem(self, sweep: Sweep, n: int, arrays: Mapping[str, Array], made: Drawn) -> Problem:
         """Return problem n of a sweep, given its `head` and what was drawn for it."""
