@@ -75,7 +75,7 @@ class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
         raise NotImplementedError
 
     def linear_forward(self, fq: Any, fk: Any, v: Any, seen: NDArray[np.bool_], eps: float) -> Any:
-        """Return linear attention from the features of q and k."""
+        """Return linear attention from the features of q and k, or from κ itself where those of k are None."""
         raise NotImplementedError
 
     def linear_backward(

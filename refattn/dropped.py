@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, masks, softmax
+from refattn._pairs import Ints, ranges
 from refattn.heads import leads, matrix
 from refattn.masks import Mask, MaskLike, Pairs
 from refattn.partial import Partial
@@ -34,6 +35,7 @@ FORMS: tuple[str, ...] = ("two_point", "cosh", "box", "ball")
 
 ROWS = 64
 CELLS = 2**22
+BLOCK = 16
 
 
 def bound(
@@ -527,35 +529,60 @@ def _split(q: Any, k: Any, kept: Any, mask: Any) -> tuple[Mask, Mask]:
 
 
 def _reach(out: Array, o: Array, v: Array, pairs: Pairs) -> None:
-    """Write how far each o is from the farther end of the values over the row's pairs; rows without pairs stay 0."""
+    """Write how far each o is from the farther end of the values over the row's pairs; rows without pairs stay 0.
+
+    A run is whole blocks of keys, whose extremes a table has, and fewer than a block at either end.
+    """
     (T, E), S = o.shape, len(v)
-    width = max(1, CELLS // max(1, S * max(ROWS // 2, S.bit_length())))
+    width = max(1, min(E, CELLS // max(1, S)))
+    step = max(1, min(ROWS, 4 * CELLS // max(1, S * width)))
     for first in range(0, E, width):
         part = slice(first, first + width)
         columns = np.asarray(v[:, part], np.float64)
-        high, low = _ranges(np.maximum, columns), _ranges(np.minimum, columns)
-        for start in range(0, T, ROWS):
-            runs = pairs.runs(slice(start, min(start + ROWS, T)))
+        tables = [_Ranges(pick, columns) for pick in (np.maximum, np.minimum)]
+        for start in range(0, T, step):
+            runs = pairs.runs(slice(start, min(start + step, T)))
             some = np.flatnonzero(np.diff(runs.indptr))
             if len(some) == 0:
                 continue
-            level = np.frexp(runs.stop - runs.start)[1] - 1
-            second, split = runs.stop - (1 << level), runs.indptr[some]
-            top = np.maximum.reduceat(np.maximum(high[level, runs.start], high[level, second]), split)
-            bottom = np.minimum.reduceat(np.minimum(low[level, runs.start], low[level, second]), split)
+            top, bottom = (table.of(runs.start, runs.stop, runs.indptr[some]) for table in tables)
             mine = o[start + some, part]
             out[start + some, part] = np.maximum(top - mine, mine - bottom)
 
 
-def _ranges(pick: np.ufunc, x: Array) -> Array:
-    """Return the sparse table whose entry (l, j) is the extreme of rows j, …, j + 2^l − 1: any range is two of them."""
-    table = np.empty((max(1, len(x).bit_length()), *x.shape))
-    table[0] = x
-    for level in range(1, len(table)):
-        half = 1 << (level - 1)
-        count = len(x) - 2 * half + 1
-        table[level, :count] = pick(table[level - 1, :count], table[level - 1, half : half + count])
-    return table
+class _Ranges:
+    """Extremes of columns over ranges of rows: of whole blocks by a sparse table, of the rest row by row."""
+
+    def __init__(self, pick: np.ufunc, x: Array) -> None:
+        self.pick, self.x = pick, x
+        whole = len(x) // BLOCK * BLOCK
+        each = pick.reduce(x[:whole].reshape(-1, BLOCK, x.shape[1]), axis=1)
+        self.table = np.empty((max(1, len(each).bit_length()), *each.shape))
+        self.table[0] = each  # entry (l, b) is the extreme of blocks b, …, b + 2^l − 1: any range is two of them
+        for level in range(1, len(self.table)):
+            half = 1 << (level - 1)
+            count = len(each) - 2 * half + 1
+            below = self.table[level - 1]
+            self.table[level, :count] = pick(below[:count], below[half : half + count])
+
+    def of(self, start: Ints, stop: Ints, groups: Ints) -> Array:
+        """Return the extreme over the ranges from each of `groups` up to the next."""
+        first, last = -(-start // BLOCK), stop // BLOCK
+        whole = first < last
+        left, right = np.where(whole, first * BLOCK, stop), np.where(whole, last * BLOCK, stop)
+        _, ends = ranges(np.stack((start, right), axis=1).ravel(), np.stack((left, stop), axis=1).ravel())
+        counts = np.cumsum((left - start) + (stop - right))
+        level = np.frexp(np.where(whole, last - first, 1))[1] - 1
+        found = np.where(
+            whole[:, None],
+            self.pick(self.table[level, first * whole], self.table[level, (last - (1 << level)) * whole]),
+            self.x[start],
+        )
+        some = np.flatnonzero(np.diff(counts, prepend=0))
+        if len(some):
+            at = np.r_[0, counts[some][:-1]]
+            found[some] = self.pick(found[some], self.pick.reduceat(self.x[ends], at, axis=0))
+        return self.pick.reduceat(found, groups, axis=0)
 
 
 def _join_nearest(blocks: Blocks, many: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Self, cast
 
@@ -40,6 +40,8 @@ TINY = 2.0**-1073
 """Above what gradual underflow may add to one operation."""
 LOST = 2 * TINY
 """Above what gradual underflow may add to a weight: to its exponential, then to its quotient."""
+SMALL = 2**15
+"""Pairs that are not worth splitting."""
 EVALUATION = 1 + 2.0**-20
 """Covers the evaluation of a bound itself: sums of fewer than 2^31 terms that are not negative."""
 
@@ -197,8 +199,8 @@ class Bounded(Arithmetic):
         if one.pairs is not None and one.sink is None:  # the others answer 0
             rows = np.concatenate([x[one.pairs.seen(x, slice(None)).any(axis=1)] for x in tiles(rows, S)])
         with np.errstate(over="ignore", invalid="ignore"):  # what is not finite has no bound
-            for some in tiles(rows, S):
-                o[some], E[some], lse[some], E_lse[some] = _Rows(one, some).answer()
+            for some, keys in _parts(one, rows):
+                o[some], E[some], lse[some], E_lse[some] = _Rows(one, some, keys).answer()
         return Bounded(o, E), Bounded(lse, E_lse)
 
     def softmax_backward(
@@ -208,7 +210,7 @@ class Bounded(Arithmetic):
         with np.errstate(over="ignore", invalid="ignore"):  # where nothing is known `wide` is infinite
             return _backward(one, Bounded.lift(do), Bounded.lift(np.zeros(self.shape[0]) if dlse is None else dlse))
 
-    def linear_forward(self, fq: Bounded, fk: Bounded, v: Any, seen: NDArray[np.bool_], eps: float) -> Bounded:
+    def linear_forward(self, fq: Bounded, fk: Bounded | None, v: Any, seen: NDArray[np.bool_], eps: float) -> Bounded:
         """Return linear attention, in any of its orders: parallel, chunked, recurrent (X1)."""
         v = Bounded.lift(v)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -356,6 +358,24 @@ def claim_evaluation(
     return 4 * stretch * (gamma(n) * (size + 1) + logits)[:, None] * v.max(axis=0, initial=0.0)
 
 
+def _parts(one: One, rows: NDArray[np.intp]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Split rows into parts, each with the keys that any of its rows sees: few where neighbours see few."""
+    S = int(one.k.shape[0])
+    waiting = tiles(rows, S)[::-1]
+    while waiting:
+        some = waiting.pop()
+        if one.pairs is None:
+            yield some, np.arange(S)
+            continue
+        seen = one.pairs.seen(some, slice(None))
+        keys = np.flatnonzero(seen.any(axis=0))
+        area = len(some) * len(keys)
+        if len(some) > 1 and area > max(SMALL, 2 * int(seen.sum())):
+            waiting += [some[len(some) // 2 :], some[: len(some) // 2]]
+        else:
+            yield some, keys
+
+
 class _Rows:
     """Softmax attention of one problem with every quantity that F1, F2 and B4 name; letters are theirs.
 
@@ -363,11 +383,12 @@ class _Rows:
     quantities and the real ones differ by factors within e^±2·max e; `wide` makes up for using this run's.
     """
 
-    def __init__(self, one: One, rows: NDArray[np.intp]) -> None:
+    def __init__(self, one: One, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> None:
         call = one.problem
-        _, S, D, _ = call.sizes
-        sigma, keys = abs(call.multiplier), np.arange(S)
+        S, D, sigma = len(keys), call.sizes[2], abs(call.multiplier)
         q, k, v = Bounded.lift(one.q)[rows], Bounded.lift(one.k), Bounded.lift(one.v)
+        if S < len(k.value):
+            k, v = k[keys], v[keys]
         b = _bias(one, rows, keys)
         seen = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
         if b is not None:
@@ -476,7 +497,7 @@ def _plus(z: Array, e: Array, b: Bounded) -> tuple[Array, Array]:
 def _backward(one: One, do: Bounded, dlse: Bounded) -> tuple[Bounded, Bounded, Bounded, Bounded | None, Bounded | None]:
     call = one.problem
     T, n, _, width = call.sizes
-    row, sigma = _Rows(one, np.arange(T)), abs(call.multiplier)
+    row, sigma = _Rows(one, np.arange(T), np.arange(n)), abs(call.multiplier)
     q, k, v, seen, turned = row.q, row.k, row.v, row.seen, row.seen.T
     live = seen.any(axis=1, keepdims=True)
     g, size, g_error = (np.where(live, x, 0.0) for x in (do.value, do.bulk(), do.error))
@@ -556,19 +577,25 @@ def _lost(a: Bounded, c: Bounded, seen: NDArray[np.bool_]) -> Array:
     return TINY * (r + n + follows)
 
 
-def _linear(fq: Bounded, fk: Bounded, v: Bounded, seen: NDArray[np.bool_], eps: float) -> tuple[Bounded, Bounded]:
+def _linear(
+    fq: Bounded, fk: Bounded | None, v: Bounded, seen: NDArray[np.bool_], eps: float
+) -> tuple[Bounded, Bounded]:
     """Return o and den, whichever of the products comes first and in any order of the sums (X1).
 
-    A term φ(q)φ(k)v meets r + n roundings for the n keys of its row, and one fewer in den, where v = 1.
+    A term φ(q)φ(k)v meets r + n roundings for the n keys of its row, and one fewer in den, where v = 1. Where κ is
+    given instead, r = 0.
     """
-    some, n, r = seen.any(axis=1, keepdims=True), seen.sum(axis=1, keepdims=True), fk.shape[1]
+    some, n = seen.any(axis=1, keepdims=True), seen.sum(axis=1, keepdims=True)
     v = Bounded(np.c_[v.value, np.ones(len(v.value))], np.c_[v.error, np.zeros(len(v.value))])
+    if fk is None:
+        r, kappa, carried, size, lost = 0, fq.value, fq.error, fq.bulk(), n * TINY
+    else:
+        r, kappa, size, lost = fk.shape[1], fq.value @ fk.value.T, fq.bulk() @ fk.bulk().T, _lost(fq, v, seen)
+        carried = fq.error @ fk.bulk().T + np.abs(fq.value) @ fk.error.T
+    kappa, carried, size = (np.where(seen, x, 0.0) for x in (kappa, carried, size))
     h = (r + n - np.r_[np.zeros(v.shape[1] - 1), 1.0]) * U
-    kappa = np.where(seen, fq.value @ fk.value.T, 0.0)
-    carried = np.where(seen, fq.error @ fk.bulk().T + np.abs(fq.value) @ fk.error.T, 0.0)
-    size = np.where(seen, fq.bulk() @ fk.bulk().T, 0.0)
     error = mix(carried, v.bulk(), seen) + mix(size, v.error, seen) + h / (1 - h) * mix(size, v.bulk(), seen)
-    error = error + _lost(fq, v, seen)
+    error = error + lost
     top = Bounded(mix(kappa, v.value, seen)[:, :-1], error[:, :-1])
     den = Bounded(np.where(some, kappa.sum(axis=1, keepdims=True), 1.0), np.where(some, error[:, -1:], 0.0))
     if eps:

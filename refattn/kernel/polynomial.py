@@ -55,7 +55,16 @@ METHOD = Method(
     rows="sum to 1",
     permutable=True,
     engines=(),
-    claims=(Claim(verb="bound", statement="K1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="K1",
+            assumes=(
+                "Polynomials above 0 at all keys that the row sees, as Taylor's of even degree are, else it says only "
+                "how far the values reach: it reads every pair."
+            ),
+        ),
+    ),
 )
 
 Array = NDArray[np.float64]
@@ -420,9 +429,8 @@ def _tiles(call: _Problem, n: int, of: Callable[[int, str, Any], Any]) -> Iterat
 
 
 def _in_another_arithmetic(call: _Problem, kappa: Any) -> Any:
-    """Return Σκv/Σκ as linear attention whose features are κ and the identity."""
-    q, v, seen = call.at.q, call.at.v, call.at.seen()
-    return q.linear_forward(kappa, q.lift(np.eye(seen.shape[1])), v, seen, 0.0)
+    """Return Σκv/Σκ."""
+    return call.at.q.linear_forward(kappa, None, call.at.v, call.at.seen(), 0.0)
 
 
 def _forward(call: _Problem) -> Array:

@@ -75,9 +75,9 @@ class References:
 
 def _spread(v: Array, seen: Pairs | None) -> Array:
     """Return the range of each column of v over the keys that any of the rows sees."""
-    if seen is None:
-        return v.max(axis=0) - v.min(axis=0)
-    some = np.zeros(len(v), np.bool_)
-    for rows in tiles(np.arange(seen.T), len(v)):
-        some |= seen.seen(rows, slice(None)).any(axis=0)
-    return _spread(v[some], None) if some.any() else np.zeros(v.shape[1])
+    some = np.ones(len(v), np.bool_)
+    if seen is not None:
+        some = np.logical_or.reduce([seen.seen(x, slice(None)).any(axis=0) for x in tiles(np.arange(seen.T), len(v))])
+    high: Array = v.max(axis=0, initial=-np.inf, where=some[:, None])
+    low: Array = v.min(axis=0, initial=np.inf, where=some[:, None])
+    return np.maximum(high - low, 0.0)

@@ -52,7 +52,13 @@ class Run:
 
     def cost(self, sweep: Sweep) -> float:
         """Return a sweep's cost, as a part of exact attention's."""
-        flops = sum(self.inputs.cost(sweep, n, self.made(sweep, n)) for n in range(self.inputs.heads))
+        inputs, nothing = self.inputs, Drawn({}, {})
+        options = set(sweep.declared.drawn) - set(sweep.declared.arrays)
+        if inputs.whole is not None and inputs.whole.lead or options:
+            made = (self.made(sweep, n) if options else nothing for n in range(inputs.heads))
+            flops = sum(inputs.cost(sweep, n, one) for n, one in enumerate(made))
+        else:
+            flops = inputs.heads * inputs.cost(sweep, 0, nothing)
         return flops / self.inputs.exact_cost if self.inputs.exact_cost else math.nan
 
     def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:

@@ -280,9 +280,9 @@ class Ball(Arithmetic):
         """Refuse: gradients are judged by directional derivatives of the forward (`along`), not by a second formula."""
         raise NotImplementedError("take directional derivatives with Ball.along")
 
-    def linear_forward(self, fq: Ball, fk: Ball, v: Any, seen: NDArray[np.bool_], eps: float) -> Ball:
+    def linear_forward(self, fq: Ball, fk: Ball | None, v: Any, seen: NDArray[np.bool_], eps: float) -> Ball:
         """Return linear attention in the parallel form; rows that see nothing are 0."""
-        kappa, values, arb = fq @ fk.mT, Ball.lift(v), _flint().arb
+        kappa, values, arb = fq if fk is None else fq @ fk.mT, Ball.lift(v), _flint().arb
         out = np.empty((seen.shape[0], values.shape[1]), object)
         for i, c in np.ndindex(out.shape):
             js = np.flatnonzero(seen[i])
