@@ -556,7 +556,7 @@ class _Ranges:
     def __init__(self, pick: np.ufunc, x: Array) -> None:
         self.pick, self.x = pick, x
         whole = len(x) // BLOCK * BLOCK
-        each = pick.reduce(x[:whole].reshape(-1, BLOCK, x.shape[1]), axis=1)
+        each = pick.reduce(x[:whole].reshape(-1, BLOCK, x.shape[1]), axis=1) if whole else x[:1]
         self.table = np.empty((max(1, len(each).bit_length()), *each.shape))
         self.table[0] = each  # entry (l, b) is the extreme of blocks b, …, b + 2^l − 1: any range is two of them
         for level in range(1, len(self.table)):

@@ -58,7 +58,7 @@ METHOD = Method(
         "slots": Option(
             doc="n, the slots of the memory",
             domain=lambda n: n >= 1,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (16, 8, 4, 2)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 1024) // d) for d in (16, 8, 4, 2)})),
         ),
     },
     drawn=("w_query", "w_key", "w_value", "retention"),

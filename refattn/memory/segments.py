@@ -40,7 +40,7 @@ METHOD = Method(
         "memory": Option(
             doc="M, keys before the segment",
             domain=lambda n: n >= 0,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (64, 32, 16, 8, 4)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 8192) // d) for d in (64, 32, 16, 8, 4)})),
         ),
         "sinks": Option(doc="s, first keys that stay", domain=lambda n: n >= 0, typical=(0, 2), default=0),
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,18 @@ WORST = 5
 class Run:
     """Arrays, references and plan of a study. What a method draws depends on the seed and the head alone."""
 
-    def __init__(self, inputs: Inputs, methods: Sequence[str] | None, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        methods: Sequence[str] | None,
+        budgets: Mapping[str, Sequence[Any]] | None,
+        seed: int,
+    ) -> None:
         """Plan every method over its budgets; what few rows cannot be asked for is left out."""
         self.inputs, self.seed, self.references = inputs, seed, References(inputs)
         self.left_out: dict[str, str] = {}
-        self.plan = [sweep for sweep in sweeps(chosen(methods), inputs.sizes) if self._answered(sweep)]
+        every = sweeps(chosen(methods), inputs.sizes, budgets)
+        self.plan = [sweep for sweep in every if self._answered(sweep)]
         self._fitted: tuple[Sweep, list[Drawn]] | None = None
 
     def made(self, sweep: Sweep, n: int) -> Drawn:

@@ -50,7 +50,7 @@ class Setting(NamedTuple):
         The rows that were measured; None where all were.
     seed, delta, trials
         As given to `compare`.
-    budget
+    cost
         The largest cost that was measured; None where there was no limit.
     layers
         Labels of the first leading axis, where there are any.
@@ -66,7 +66,7 @@ class Setting(NamedTuple):
     seed: int
     delta: float
     trials: int
-    budget: float | None = None
+    cost: float | None = None
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | None = None
 
