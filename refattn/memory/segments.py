@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import dropped, masks, softmax
-from refattn.dropped import Interval
+from refattn.blocks import Interval, mass_from_blocks
 from refattn.engines import Backend
 from refattn.heads import Leads, leads
 from refattn.masks import MaskLike
@@ -234,7 +234,7 @@ def certify(
 
     D_i are the keys that row i would see but for this method, ρ_i their mass, lse_i is over those that it keeps, and
     U_i bounds the log-sum-exp over D_i from summaries of them (M1: S1 with S2's two points). A row's summaries are of
-    exactly the keys that it has lost, which join the nearest as they are evicted (`refattn.dropped.Blocks.absorb`).
+    exactly the keys that it has lost, which join the nearest as they are evicted (`refattn.blocks.Blocks.absorb`).
     Exact attention is over all of the past: a stream has no mask.
 
     Parameters
@@ -270,7 +270,7 @@ def certify(
         rows, past = now.first == first, now.forget(int(first))
         gone = np.ones((int(rows.sum()), past.evicted.centre.shape[-2]), bool)
         query = np.asarray(q)[..., rows, :]
-        own = dropped.mass_from_blocks(query, past.evicted, lse[..., rows], dropped=gone, scale=scale)
+        own = mass_from_blocks(query, past.evicted, lse[..., rows], dropped=gone, scale=scale)
         for end, value in zip(mass, own, strict=True):
             end[..., rows] = value
         if gone.shape[1]:
