@@ -82,7 +82,7 @@ def _held(name: str, get: Callable[[], Any]) -> NDArray[Any]:
     try:
         x = get()
     except MemoryError:
-        raise
+        raise ValueError(f"{name} is too large for this machine's memory") from None
     except Exception as error:  # whatever NumPy and the archive's decoders raise, such as tokenize.TokenError
         if "allow_pickle" in str(error):
             raise TypeError(f"{name} holds Python objects (it may be ragged), which are never unpickled") from None
