@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import io
 import os
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from refattn._need import need
 
 if TYPE_CHECKING:
     import click
@@ -61,17 +62,11 @@ def _deafen() -> None:
 
 def _need(*names: str) -> Any:
     """Import what an extra brings and return the first, or exit with the pip line."""
-    found: list[Any] = []
-    for name in names:
-        try:
-            found.append(importlib.import_module(name))
-        except ImportError:
-            print(
-                f"refattn needs {name}, which is not installed; install it with: pip install 'refattn[study]'",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-    return found[0]
+    try:
+        return need(*names)
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _command() -> click.Group:
@@ -147,7 +142,7 @@ def _captures(files: Sequence[str]) -> dict[str, Capture]:
     for name in files:
         try:
             found[name] = study.read(name)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:
             raise click.UsageError(f"{name}: {error}") from None
     return found
 
@@ -183,7 +178,7 @@ def _compare(name: str, capture: Capture, *, causal: bool, **options: Any) -> Ta
 
         mask = masks.causal() if causal else None
         try:
-            return study.compare(*capture, mask=mask, title=title, progress=progress, **options)
+            return study.compare(capture.q, capture.k, capture.v, mask=mask, title=title, progress=progress, **options)
         except (ValueError, TypeError) as error:
             raise click.UsageError(f"{name}: {error}") from None
         except MemoryError as error:
