@@ -85,12 +85,15 @@ class Claim:
         The function that evaluates it.
     statement
         Its key in proofs/ and in the tightness table.
+    assumes
+        What it asks of the arrays, and what evaluating it reads, in one sentence.
     over
         ``"arrays"``: holds for the arrays given. ``"draw"``: holds with probability 1 − δ over what is drawn.
     """
 
     verb: str
     statement: str
+    assumes: str
     over: Literal["arrays", "draw"] = "arrays"
 
 

@@ -54,7 +54,7 @@ def noisy(monkeypatch: pytest.MonkeyPatch, law: str, factor: Any = 1.0) -> None:
     arrays = {"q": "T D", "k": "S D", "v": "S E", "noise": "r E"}
     size = Option(doc="", domain=lambda x: x > 0, typical=(0.5, 2.0))
     declaration = {"arrays": arrays, "drawn": ("noise",), "draw_options": {"size": size}, "budget": "size"}
-    claim = Claim(verb="bound_over_draws", statement="toy", over="draw")
+    claim = Claim(verb="bound_over_draws", statement="toy", assumes="Nothing.", over="draw")
     toy(monkeypatch, declaration | {"claims": (claim,)}, attend=attend, draw=draw, bound_over_draws=bound_over_draws)
 
 
@@ -165,7 +165,7 @@ def test_options_that_are_drawn_and_arrays_of_any_rank_reach_every_verb(monkeypa
         "draw_options": {"many": Option(doc="", domain=lambda x: x > 0, typical=(1, 3))},
         "drawn": ("positions", "centre"),
         "budget": "many",
-        "claims": (Claim(verb="bound", statement="toy"),),
+        "claims": (Claim(verb="bound", statement="toy", assumes="Nothing."),),
     }
     toy(monkeypatch, declaration, attend=attend, draw=draw, bound=bound)
     vars(method.modules()["toy"])["cost"] = counted
@@ -195,7 +195,7 @@ def test_a_method_that_is_causal_by_itself_is_measured_against_causal_attention(
     def bound(q: Any, k: Any, v: Any, *, mask: Any = None, scale: Any = None) -> Any:
         return np.zeros((*q.shape[:-1], v.shape[-1]))
 
-    claims = (Claim(verb="bound", statement="toy"),)
+    claims = (Claim(verb="bound", statement="toy", assumes="Nothing."),)
     toy(monkeypatch, {"causal": True, "claims": claims}, attend=exact, exact=exact, bound=bound)
     for mask, reference in (
         (None, "softmax, causal"),

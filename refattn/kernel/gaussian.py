@@ -37,7 +37,13 @@ METHOD = Method(
     masks="any",
     rows="stochastic",
     permutable=True,
-    claims=(Claim(verb="bound", statement="K4"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="K4",
+            assumes="Nothing beyond finite arrays: of q and k it reads the lengths of the keys that the row sees.",
+        ),
+    ),
 )
 
 Array = NDArray[np.float64]

@@ -41,7 +41,16 @@ METHOD = Method(
     rows="stochastic",
     permutable=True,
     engines=("linear",),
-    claims=(Claim(verb="bound", statement="K1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="K1",
+            assumes=(
+                "Kernel values above 0 at all keys that the row sees, else it says only how far the values reach: "
+                "it reads every pair."
+            ),
+        ),
+    ),
 )
 
 

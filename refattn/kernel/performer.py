@@ -94,9 +94,28 @@ METHOD = Method(
     permutable=True,
     engines=("linear",),
     claims=(
-        Claim(verb="bound", statement="K1"),
-        Claim(verb="bound", statement="R6"),
-        Claim(verb="bound_over_draws", statement="R3", over="draw"),
+        Claim(
+            verb="bound",
+            statement="K1",
+            assumes=(
+                "Kernel values above 0 at all keys that the row sees, as exponential features have, else it says only "
+                "how far the values reach: it reads every pair, whatever the features were drawn from."
+            ),
+        ),
+        Claim(
+            verb="bound",
+            statement="R6",
+            assumes="Exponential features to which an ε is added: it reads every pair, with the ε and without.",
+        ),
+        Claim(
+            verb="bound_over_draws",
+            statement="R3",
+            assumes=(
+                "omega of independent N(0, I) rows, unbiased features and eps = 0; with exact variances, it holds with "
+                "probability 1 − δ over the draw for each element alone."
+            ),
+            over="draw",
+        ),
     ),
 )
 

@@ -55,7 +55,16 @@ METHOD = Method(
     rows="sum to 1",
     permutable=True,
     engines=(),
-    claims=(Claim(verb="bound", statement="K1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="K1",
+            assumes=(
+                "Polynomials above 0 at all keys that the row sees, as Taylor's of even degree are, else it says only "
+                "how far the values reach: it reads every pair."
+            ),
+        ),
+    ),
 )
 
 Array = NDArray[np.float64]

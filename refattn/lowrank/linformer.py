@@ -48,7 +48,21 @@ METHOD = Method(
     masks="none",
     rows="any",
     permutable=True,
-    claims=(Claim(verb="bound", statement="L4"), Claim(verb="bound", statement="L3")),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="L4",
+            assumes="Nothing beyond finite arrays, whatever E and F are: it reads the exact weights of every pair.",
+        ),
+        Claim(
+            verb="bound",
+            statement="L3",
+            assumes=(
+                "At most as many projections as keys, else it says only how far the values reach: it reads every key, "
+                "but no exact weight."
+            ),
+        ),
+    ),
 )
 
 

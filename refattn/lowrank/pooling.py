@@ -58,7 +58,16 @@ METHOD = Method(
     masks="none",
     rows="stochastic",
     permutable=False,
-    claims=(Claim(verb="bound", statement="L6"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="L6",
+            assumes=(
+                "Nothing beyond finite arrays: it reads each key once, for the segments' means, covariances, radii and "
+                "boxes."
+            ),
+        ),
+    ),
 )
 
 

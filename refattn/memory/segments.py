@@ -50,7 +50,15 @@ METHOD = Method(
     causal=True,
     rows="stochastic",
     permutable=False,
-    claims=(Claim(verb="bound", statement="S1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="S1",
+            assumes=(
+                "Nothing beyond finite arrays: it reads every logit up to the row's position, the forgotten keys' too."
+            ),
+        ),
+    ),
 )
 
 

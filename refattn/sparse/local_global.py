@@ -66,7 +66,16 @@ METHOD = Method(
     masks="any",
     rows="any",
     permutable=False,
-    claims=(Claim(verb="bound", statement="S1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="S1",
+            assumes=(
+                "Nothing beyond finite arrays: it reads every logit, the dropped keys' too; of the sum of two answers "
+                "it says only how far the values reach."
+            ),
+        ),
+    ),
 )
 
 

@@ -48,7 +48,16 @@ METHOD = Method(
     masks="any",
     rows="stochastic",
     permutable=False,
-    claims=(Claim(verb="bound", statement="S1"),),
+    claims=(
+        Claim(
+            verb="bound",
+            statement="S1",
+            assumes=(
+                "Nothing beyond finite arrays: it reads every logit, the dropped keys' too; rows of global tokens have "
+                "the projections that they use."
+            ),
+        ),
+    ),
 )
 
 

@@ -130,7 +130,7 @@ def compare(
     words = _labels("tokens", tokens, inputs.sizes["S"])
     run = Run(inputs, methods, budgets, seed)
     claims = Trials(run, delta=delta, rows=trial_rows, trials=trials)
-    report, total, done = progress or _silent, (len(run.plan) + len(claims.plan)) * inputs.heads, 0
+    report, total, done = progress or silent, (len(run.plan) + len(claims.plan)) * inputs.heads, 0
     setting = Setting(
         sizes=inputs.sizes,
         heads=inputs.shape,
@@ -153,7 +153,7 @@ def compare(
     report(0, total)
     found, costs, stopped = list[Row](), dict[int, float](), False
     try:
-        with np.errstate(all="ignore"), _one_thread():  # the table says what is not finite
+        with np.errstate(all="ignore"), one_thread():  # the table says what is not finite
             for sweep in run.plan:
                 costs[id(sweep)] = own = run.cost(sweep)
                 if own > most:
@@ -179,7 +179,7 @@ def _labels(name: str, given: Sequence[str] | None, length: int) -> tuple[str, .
     return tuple(map(str, given))
 
 
-def _one_thread() -> AbstractContextManager[Any]:
+def one_thread() -> AbstractContextManager[Any]:
     """Keep BLAS to one thread, where threadpoolctl is there to do so.
 
     A head's products are small: two threads gain nothing, and wait for each other where a core has other work.
@@ -190,5 +190,5 @@ def _one_thread() -> AbstractContextManager[Any]:
         return nullcontext()
 
 
-def _silent(done: int, total: int) -> None:
-    pass
+def silent(done: int, total: int) -> None:
+    """Report nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -83,11 +84,13 @@ class Inputs:
             raise ValueError(f"q, k and v leave nothing to compare: {self.sizes} and {self.heads} heads")
         self._of, self._prefix, self._wide = joined.of, prefix, dict[tuple[str, int], Array]()
         some = T if rows is None else min(T, _check.integer("rows", rows, 1))
-        self.rows: NDArray[np.int64] = np.random.default_rng(seed).permutation(T)[:some]
-        self.rows.sort()
-        self.sampled = some < T
-        self._all = masks.window(None, None).on(T, S).pick(self.rows) if self.sampled else None
-        self._own = self.whole.pick(self.rows) if self.sampled and self.whole is not None else self.whole
+        self._measure(np.sort(np.random.default_rng(seed).permutation(T)[:some]))
+
+    def only(self, rows: ArrayLike) -> Inputs:
+        """Return the same inputs with other measured rows, numbers of T that ascend."""
+        other = copy.copy(self)
+        other._measure(np.asarray(rows, np.int64))
+        return other
 
     def masked(self, declared: Method) -> bool:
         """Whether the method takes the study's mask."""
@@ -136,6 +139,12 @@ class Inputs:
         tails = {name: len(sweep.declared.arrays[name].split()) for name in named}
         of = self._leads({name: x.shape[: x.ndim - tails[name]] for name, x in named.items()}).of
         return [Drawn({name: matrix(x, int(of[name][n])) for name, x in named.items()}, {}) for n in range(self.heads)]
+
+    def _measure(self, rows: NDArray[np.int64]) -> None:
+        T, S = self.sizes["T"], self.sizes["S"]
+        self.rows, self.sampled = rows, len(rows) < T
+        self._all = masks.window(None, None).on(T, S).pick(rows) if self.sampled else None
+        self._own = self.whole.pick(rows) if self.sampled and self.whole is not None else self.whole
 
     def _leads(self, drawn: Mapping[str, tuple[int, ...]]) -> Leads:
         q, k, v = (self.arrays[name].shape[:-2] for name in "qkv")
