@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from refattn.study._table import Head, Row, over, rms
 Array = NDArray[np.float64]
 WORST = 5
 """How many rows of each head are remembered as its worst."""
+THREADS = 2
 
 
 class Run:
@@ -49,10 +51,6 @@ class Run:
         """Return the sweep of a row that this run measured."""
         return next(sweep for sweep in self.plan if (sweep.name, sweep.text) == (row.method, row.budget))
 
-    def problems(self, sweep: Sweep) -> Iterator[Problem]:
-        """Yield the heads of a sweep."""
-        return (self.problem(sweep, n) for n in range(self.inputs.heads))
-
     def problem(self, sweep: Sweep, n: int) -> Problem:
         """Return head n of a sweep."""
         return self.inputs.problem(sweep, n, self.inputs.head(n), self.made(sweep, n))
@@ -74,16 +72,22 @@ class Run:
         shape = inputs.heads, len(inputs.rows), inputs.sizes["E"]
         error, slack, bound, seconds = np.empty(shape), np.empty(shape), np.empty(shape), 0.0
         spread = np.empty((inputs.heads, 1, inputs.sizes["E"]))
-        for n, problem in enumerate(self.problems(sweep)):
+
+        def one(n: int) -> float:
+            problem = self.problem(sweep, n)
             start = time.perf_counter()
             o = problem.attend()
-            seconds += time.perf_counter() - start
+            taken = time.perf_counter() - start
             exact, own = self.references.of(problem), problem.rounding()
             error[n], spread[n] = np.abs(o - exact.o), exact.spread
             slack[n] = exact.rounding + own + rounding.U * error[n]
             if claim is not None:
                 bound[n] = problem.call(getattr(sweep.module, claim.verb))
                 slack[n] = slack[n] + own + problem.claim_rounding()  # õ is in the claim too
+            return taken
+
+        for taken in self._by_head(sweep, one):
+            seconds += taken
             step()
         row = Row(
             method=sweep.name,
@@ -98,6 +102,38 @@ class Run:
         return row._replace(
             heads=tuple(self._head(error[n], slack[n], spread[n], bound[n], claim is not None) for n in heads)
         )
+
+    def probe(self, sweep: Sweep) -> tuple[float, float | None]:
+        """Return the root mean squares of error ÷ spread and of bound ÷ spread, rounding being in the error."""
+        claim = next(claims_over(sweep.declared, "arrays"), None)
+
+        def one(n: int) -> tuple[Array, Array]:
+            problem = self.problem(sweep, n)
+            exact = self.references.of(problem)
+            o = problem.attend()
+            bound = o if claim is None else np.broadcast_to(problem.call(getattr(sweep.module, claim.verb)), o.shape)
+            return over(np.abs(o - exact.o), exact.spread), over(np.abs(bound), exact.spread)
+
+        errors, bounds = zip(*self._by_head(sweep, one), strict=True)
+        return rms(np.stack(errors)), None if claim is None else rms(np.stack(bounds))
+
+    def _by_head(self, sweep: Sweep, work: Callable[[int], Any]) -> Iterator[Any]:
+        """Yield what the work answers of each head; long contexts are shared by two threads."""
+        if sweep.source == "fit":
+            self.made(sweep, 0)
+        if not self.inputs.sampled:
+            yield from map(work, range(self.inputs.heads))
+            return
+
+        def quiet(n: int) -> Any:
+            with np.errstate(all="ignore"):  # a thread starts with NumPy's own
+                return work(n)
+
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            yield from pool.map(quiet, range(self.inputs.heads))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _head(self, error: Array, slack: Array, spread: Array, bound: Array, claimed: bool) -> Head:
         """Return what a row says of one head."""
