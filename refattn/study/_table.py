@@ -219,6 +219,8 @@ class Table:
         """One sentence for all that the rows do not cover."""
         rows = None if self.setting is None else self.setting.rows
         found = ["partial: stopped before the end"] * self.partial
+        if not self.rows and self.setting is not None and self.setting.cost is not None:
+            found.append(f"nothing costs at most {self.setting.cost:g} of exact attention")
         if self.setting is not None and rows is not None:
             found.append(f"measured on {len(rows)} of {self.setting.sizes['T']} rows of each head")
         return (*found, *(f"left out: {name}: {why}" for name, why in self.left_out.items()))
