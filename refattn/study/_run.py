@@ -56,14 +56,14 @@ class Run:
         return self.inputs.problem(sweep, n, self.inputs.head(n), self.made(sweep, n))
 
     def cost(self, sweep: Sweep) -> float:
-        """Return a sweep's cost, as a part of exact attention's."""
+        """Return a sweep's cost, as a part of exact attention's; where it depends on what is drawn, head 0's."""
         inputs, nothing = self.inputs, Drawn({}, {})
         options = set(sweep.declared.drawn) - set(sweep.declared.arrays)
-        if inputs.whole is not None and inputs.whole.lead or options:
-            made = (self.made(sweep, n) if options else nothing for n in range(inputs.heads))
-            flops = sum(inputs.cost(sweep, n, one) for n, one in enumerate(made))
+        made = self.made(sweep, 0) if options else nothing
+        if inputs.whole is not None and inputs.whole.lead:
+            flops = sum(inputs.cost(sweep, n, made) for n in range(inputs.heads))
         else:
-            flops = inputs.heads * inputs.cost(sweep, 0, nothing)
+            flops = inputs.heads * inputs.cost(sweep, 0, made)
         return flops / self.inputs.exact_cost if self.inputs.exact_cost else math.nan
 
     def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:

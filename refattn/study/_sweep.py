@@ -129,7 +129,10 @@ class Inputs:
     @cached_property
     def exact_cost(self) -> int:
         """The floating-point operations of exact attention with the study's mask, over all heads."""
-        return sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in range(self.heads))
+        own = self.whole is not None and bool(self.whole.lead)
+        each = range(self.heads if own else 1)
+        flops = sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in each)
+        return flops if own else flops * self.heads
 
     def fit(self, sweep: Sweep) -> list[Drawn]:
         """Fit what the method draws, to all heads at once, and return it head by head."""
@@ -231,7 +234,9 @@ def _budgets(declared: Method, sizes: Mapping[str, int], given: Sequence[Any] | 
     for value in given or ():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not option.domain(value):
             raise ValueError(f"budgets: {declared.name} has {name} {value!r}; expected {option.doc}")
-    return [(name, value) for value in (option.values(sizes) if given is None else sorted(set(given)))]
+    typical = option.values(sizes)
+    own = typical if given is None else sorted(set(given), reverse=typical[0] > typical[-1])
+    return [(name, value) for value in own]
 
 
 def options_of(declared: Method) -> dict[str, method.Option]:
