@@ -103,8 +103,8 @@ FAULTS = (
     Fault(
         "Memformer's slots see each other",
         "refattn/memory/_slots.py",
-        "[np.eye(n, dtype=bool), np.ones((n, L), bool)]",
-        "[np.ones((n, n), bool), np.ones((n, L), bool)]",
+        "masks.window(0, 0).at(0) | ~masks.prefix(n)",
+        "masks.window(None, None)",
         ("proofs/memory/test_memformer.py",),
     ),
     Fault(

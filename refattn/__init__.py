@@ -8,7 +8,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from refattn import bias, dropped, engines, heads, masks, method, partial, perturbation, rounding, softmax
+from refattn import bias, blocks, dropped, engines, heads, masks, method, partial, perturbation, rounding, softmax
 from refattn.engines import Backend, Unsupported
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = [
     "Backend",
     "Unsupported",
     "bias",
+    "blocks",
     "dropped",
     "engines",
     "heads",

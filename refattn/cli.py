@@ -1,9 +1,8 @@
-"""The command line: ``refattn study [FILE.npz …]`` and ``refattn show METHOD``."""
+"""The command line: ``refattn study [FILE …]`` and ``refattn show METHOD``."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import io
 import os
 import sys
@@ -14,10 +13,13 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from refattn import _study_command as asked
+from refattn._need import need
+
 if TYPE_CHECKING:
     import click
 
-    from refattn.study import Capture, Table
+    from refattn.study import Table, Targets
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -61,17 +63,11 @@ def _deafen() -> None:
 
 def _need(*names: str) -> Any:
     """Import what an extra brings and return the first, or exit with the pip line."""
-    found: list[Any] = []
-    for name in names:
-        try:
-            found.append(importlib.import_module(name))
-        except ImportError:
-            print(
-                f"refattn needs {name}, which is not installed; install it with: pip install 'refattn[study]'",
-                file=sys.stderr,
-            )
-            sys.exit(2)
-    return found[0]
+    try:
+        return need(*names)
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def _command() -> click.Group:
@@ -85,27 +81,67 @@ def _command() -> click.Group:
         """Answer questions about attention, with proofs."""
 
     @group.command()
-    @click.argument("files", nargs=-1, metavar="[FILE.npz]...")
+    @click.argument("files", nargs=-1, metavar="[FILE]...")
     @click.option("--causal", is_flag=True, help="Each row sees its own position and those before it.")
+    @click.option("--mask", metavar="MASK", help="Which pairs are seen, such as 'window(64, 0) | prefix(4)'.")
     @click.option("--scale", type=float, help="Scale of the logits; 1/sqrt(D) unless given.")
     @click.option("--methods", metavar="A,B", help="Only these methods.")
-    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what methods draw.")
-    @click.option("--out", type=click.Path(path_type=Path), help="Folder for study.csv and study.png.")
+    @click.option(
+        "--budget",
+        "budgets",
+        metavar="COST|A=1,2",
+        multiple=True,
+        help="Only what costs at most this part of exact attention; or a method's budgets.",
+    )
+    @click.option("--rows", type=int, help="Only so many rows of each head, drawn: for long contexts.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
+    @click.option(
+        "--trials", type=int, default=200, show_default=True, help="Draws on which claims about them are tried."
+    )
+    @click.option("--target", type=float, help="The cheapest budget whose error ÷ spread is at most this; no table.")
+    @click.option("--head", metavar="N,N", help="The head whose weights the report shows.")
+    @click.option("--out", type=click.Path(path_type=Path), help="Folder for study.html, study.csv and study.json.")
     def study(  # pyright: ignore[reportUnusedFunction]
-        files: tuple[str, ...], causal: bool, scale: float | None, methods: str | None, seed: int, out: Path | None
+        files: tuple[str, ...],
+        causal: bool,
+        mask: str | None,
+        scale: float | None,
+        methods: str | None,
+        budgets: tuple[str, ...],
+        rows: int | None,
+        seed: int,
+        trials: int,
+        target: float | None,
+        head: str | None,
+        out: Path | None,
     ) -> int:
         """Measure how far each efficient attention is from exact softmax, and how far it could be at worst.
 
-        Each FILE holds arrays q (..., T, D), k (..., S, D) and v (..., S, E). Without one, a small capture of a
-        released model that comes with the package is used.
+        Each FILE, .npz, .npy or .safetensors, holds arrays q (..., T, D), k (..., S, D) and v (..., S, E). Without one,
+        a small capture of a released model that comes with the package is used. Ctrl-C ends it with what is done.
         """
-        _need("rich", *(["matplotlib"] if out else []))
-        names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+        _need("rich", *(["matplotlib", "jinja2"] if out else []))
+        cost, own = asked.budgets_of(budgets)
+        common: dict[str, Any] = {
+            "mask": asked.mask_of(causal, mask),
+            "scale": scale,
+            "methods": None if methods is None else [name.strip() for name in methods.split(",") if name.strip()],
+            "rows": rows,
+            "seed": seed,
+            "label": ", causal" * causal + (f", {mask}" if mask else ""),
+        }
+        shown = None if head is None else _numbers("--head", head)
         with warnings.catch_warnings(), _folder(out, OUTPUTS) if out else nullcontext() as scratch:
             warnings.simplefilter("ignore")  # the table says what is not finite
-            tables = _study(_captures(files), causal=causal, scale=scale, methods=names, seed=seed)
+            found = asked.captures(files)
+            targets = [] if target is None else list(asked.answered(found, target=target, **common))
+            whole = target is None or out is not None
+            more = {"cost": cost, "budgets": own, "trials": trials}
+            tables = list(asked.compared(found, **more, **common)) if whole else []
             if out and scratch:
-                _write(scratch, out, tables)
+                _write(scratch, out, tables, targets, shown)
+        if any(table.partial for table in tables):
+            return 130
         return 1 if any(table.violations for table in tables) else 0
 
     @group.command()
@@ -135,59 +171,13 @@ def _command() -> click.Group:
     return group
 
 
-def _captures(files: Sequence[str]) -> dict[str, Capture]:
-    """Read every file before any work."""
+def _numbers(name: str, text: str) -> tuple[int, ...]:
     import click
 
-    from refattn import study
-
-    if not files:
-        return {"the shipped sample": study.sample()}
-    found: dict[str, Capture] = {}
-    for name in files:
-        try:
-            found[name] = study.read(name)
-        except (ValueError, TypeError) as error:
-            raise click.UsageError(f"{name}: {error}") from None
-    return found
-
-
-def _study(captures: dict[str, Capture], *, causal: bool, **options: Any) -> list[Table]:
-    import rich.console
-
-    out = rich.console.Console()
-    tables: list[Table] = []
-    for name, capture in captures.items():
-        table = _compare(name, capture, causal=causal, **options)
-        tables.append(table)
-        out.print(table, soft_wrap=True)
-        for sentence in table.violations:
-            print(f"{name}: {sentence}", file=sys.stderr)
-    return tables
-
-
-def _compare(name: str, capture: Capture, *, causal: bool, **options: Any) -> Table:
-    """Compare under a progress bar, which only a terminal shows."""
-    import click
-    import rich.console
-    import rich.progress
-
-    from refattn import masks, study
-
-    title, console = f"{name}, causal" if causal else name, rich.console.Console(stderr=True)
-    with rich.progress.Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        mask = masks.causal() if causal else None
-        try:
-            return study.compare(*capture, mask=mask, title=title, progress=progress, **options)
-        except (ValueError, TypeError) as error:
-            raise click.UsageError(f"{name}: {error}") from None
-        except MemoryError as error:
-            raise click.UsageError(f"{name}: not enough memory: {error}") from None
+    try:
+        return tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"{name} is {text!r}; expected integers such as 0,3") from None
 
 
 def _pictures(name: str | None, every: bool, out: Path | None) -> dict[str, Path]:
@@ -269,7 +259,9 @@ def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
         raise
 
 
-def _write(scratch: Path, out: Path, tables: Sequence[Table]) -> None:
+def _write(
+    scratch: Path, out: Path, tables: Sequence[Table], targets: Sequence[Targets], head: tuple[int, ...] | None
+) -> None:
     """Write both files into the scratch folder first, so that what stands in the other is whole."""
     from refattn import study
 

@@ -118,7 +118,8 @@ class Bounded(Arithmetic):
 
     def bulk(self) -> Array:
         """Bound the size of the real number and of every run."""
-        return np.abs(self.value) + 2 * self.error
+        size = np.abs(self.value)
+        return size + 2 * self.error if self.error.any() else size
 
     def _add(self, other: Bounded) -> Bounded:
         value = self.value + other.value
@@ -187,9 +188,12 @@ class Bounded(Arithmetic):
 
     def _matmul(self, other: Bounded) -> Bounded:
         n = self.shape[-1]
-        whole = self.bulk() @ other.bulk()
-        carried = self.error @ other.bulk() + self.bulk() @ other.error
-        return Bounded(self.value @ other.value, carried + gamma(n) * whole + n * TINY)
+        error = gamma(n) * (self.bulk() @ other.bulk()) + n * TINY
+        if self.error.any():
+            error = error + self.error @ other.bulk()
+        if other.error.any():
+            error = error + self.bulk() @ other.error
+        return Bounded(self.value @ other.value, error)
 
     def softmax_forward(self, one: One) -> tuple[Bounded, Bounded]:
         """Return o and lse of exact attention with the definition's rounding: F1 and F2."""

@@ -169,8 +169,17 @@ def test_options_that_are_drawn_and_arrays_of_any_rank_reach_every_verb(monkeypa
     }
     toy(monkeypatch, declaration, attend=attend, draw=draw, bound=bound)
     vars(method.modules()["toy"])["cost"] = counted
-    monkeypatch.setattr(rounding, "allowance", lambda verb, *a, **b: np.zeros((6, 4)))
+    taken: list[tuple[Any, Any]] = []
+
+    def allowance(verb: Any, q: Any, k: Any, v: Any, *, centre: Any = None, **options: Any) -> Any:
+        taken.extend([] if verb is softmax.attend else [(k, centre)])
+        return np.zeros((6, 4))
+
+    monkeypatch.setattr(rounding, "allowance", allowance)
     rows = study.compare(Q, K, V).rows
+    # attend, bound and draw get all heads at once: what is taken apart for each head is seen here alone
+    assert [k.tolist() for k, _ in taken] == 2 * K.tolist()
+    assert all(np.array_equal(centre, k.mean(axis=0)) for k, centre in taken)
     found = [(row.budget, row.bound_max, row.holds) for row in rows]
     assert found == [("many=1", 101.0, True), ("many=3", 103.0, True)]
     whole = [attend(q, k, v, centre=k.mean(axis=0), positions=(0, 1, 2)) for q, k, v in zip(Q, K, V, strict=True)]

@@ -23,34 +23,6 @@ def test_every_head_of_every_batch_reads_its_own_keys_values_and_masks():
         assert (mass[b, h] == dropped.mass(*one[0], **one[1])).all()
 
 
-def test_summaries_are_read_by_the_heads_that_read_the_keys():
-    q, k, lse, gone = draw(4, 5, 3), draw(2, 6, 3), draw(4, 5), draw(5, 3) < 0
-    blocks = dropped.Blocks.of(k, 2)
-    whole = dropped.mass_from_blocks(q, blocks, lse, dropped=gone)
-    for h in range(4):
-        one = dropped.mass_from_blocks(q[h], dropped.Blocks.of(k[h // 2], 2), lse[h], dropped=gone)
-        assert (whole.low[h] == one.low).all() and (whole.high[h] == one.high).all()
-
-
-def test_a_short_last_block_is_summarised_as_it_is():
-    blocks = dropped.Blocks.of([[0.0, 0.0], [4.0, 2.0], [1.0, 5.0]], 2)
-    assert blocks.count.tolist() == [2, 1]
-    assert blocks.centre.tolist() == [[2.0, 1.0], [1.0, 5.0]]
-    assert blocks.covariance.tolist() == [[[4.0, 2.0], [2.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]]
-    assert blocks.radius.tolist() == [np.sqrt(5.0), 0.0]
-    assert blocks.low.tolist() == [[0.0, 0.0], [1.0, 5.0]] and blocks.high.tolist() == [[4.0, 2.0], [1.0, 5.0]]
-
-
-def test_a_size_may_be_an_array_without_axes():
-    assert dropped.Blocks.of(np.zeros((3, 1)), np.array(2)).count.tolist() == [2, 1]
-
-
-def test_no_key_is_lost_where_distances_overflow():
-    keys = np.array([[1e200], [-1e200], [3e200], [-5e200]])
-    blocks = dropped.Blocks.of(keys[:0], 1).absorb(keys, 2)
-    assert blocks.count.sum() == 4 and (blocks.low.min(), blocks.high.max()) == (-5e200, 3e200)
-
-
 def test_extremes_are_those_of_the_dropped_keys_for_every_length_of_run():
     S = 130
     v, kept = draw(S, 3), draw(2 * S, S) < np.linspace(-2, 2, 2 * S)[:, None]
@@ -68,9 +40,6 @@ def test_nan_that_nobody_sees_reaches_nothing():
     clean = dropped.bound(q, k, v, kept=masks.window(0, 0), mask=masks.lengths(4))
     k[4], v[4] = np.nan, np.inf
     assert (dropped.bound(q, k, v, kept=masks.window(0, 0), mask=masks.lengths(4)) == clean).all()
-    blocks = dropped.Blocks.of(k, 2)
-    low, high = dropped.mass_from_blocks(q, blocks, np.zeros(3), dropped=np.tile([False, True, False], (3, 1)))
-    assert np.isfinite(low).all() and np.isfinite(high).all()
 
 
 def test_nan_that_a_row_drops_reaches_that_row_only():
@@ -78,15 +47,6 @@ def test_nan_that_a_row_drops_reaches_that_row_only():
     v[0] = np.nan
     bound = dropped.bound(q, k, v, kept=masks.window(0, 0), mask=masks.causal().at(0) & masks.window(1, 0))
     assert np.isnan(bound[:2]).any() and np.isfinite(bound[2]).all()
-
-
-def test_keys_whose_distances_overflow_are_neither_lost_nor_counted_twice():
-    k = np.ldexp([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]], 600)
-    blocks = dropped.Blocks.of(k[:0], 1).absorb(k, 2)
-    inside = ((blocks.low <= k[:, None]) & (k[:, None] <= blocks.high)).all(axis=-1)
-    assert blocks.count.sum() == 4 and inside.any(axis=1).all()
-    q, lse, every = np.full((1, 2), 2.0**-600), np.zeros(1), np.ones((1, 2), bool)
-    assert np.isnan(dropped.mass_from_blocks(q, blocks, lse, dropped=every, scale=1.0).high).all()
 
 
 def test_no_answer_is_farther_from_the_values_that_its_row_sees_than_the_reach():
@@ -103,9 +63,6 @@ def test_no_answer_is_farther_from_the_values_that_its_row_sees_than_the_reach()
 def test_nothing_to_attend_costs_nothing(T, S, E):
     q, k, v = np.zeros((T, 1)), np.zeros((S, 1)), np.zeros((S, E))
     assert dropped.bound(q, k, v, kept=masks.causal()).tolist() == np.zeros((T, E)).tolist()
-    blocks = dropped.Blocks.of(k, 2)
-    low, high = dropped.mass_from_blocks(q, blocks, np.zeros(T), dropped=np.zeros((T, len(blocks.count)), bool))
-    assert (low == 0).all() and (high == 0).all() and high.shape == (T,)
 
 
 def test_rows_that_keep_nothing_lose_everything_and_rows_that_see_nothing_lose_nothing():
@@ -145,12 +102,6 @@ X = np.zeros((2, 1))
         (lambda: dropped.mass(X, X, kept=masks.causal().on(3, 2)), ValueError, "T = 3"),
         (lambda: dropped.mass(X, X, kept=masks.causal(), scale=np.nan), ValueError, "scale"),
         (lambda: dropped.reach(X, X, X, X[:1]), ValueError, r"o has shape \(1, 1\); expected \(2, 1\)"),
-        (lambda: dropped.Blocks.of(X, 0), ValueError, "size is 0"),
-        (lambda: blocks(np.zeros((2, 2))), ValueError, "blocks has D = 1; expected 2"),
-        (lambda: blocks(X, lse=[0.0]), ValueError, "lse has T = 1"),
-        (lambda: blocks(X, dropped=[[True]]), ValueError, "dropped is bool of shape"),
-        (lambda: blocks(X, dropped=[[1], [1]]), ValueError, "dropped is int64"),
-        (lambda: blocks(X, form="cube"), ValueError, "form is 'cube'"),
         (lambda: dropped.mass_from_gap(0.0, 3, 2), ValueError, "kept is 3"),
         (lambda: dropped.mass_from_gap(0.0, -1, 2), ValueError, "kept is -1"),
         (lambda: dropped.mass_from_topk([0.0, 0.0], 1), ValueError, "keys is 1"),
@@ -165,8 +116,3 @@ X = np.zeros((2, 1))
 def test_bad_input_is_refused_by_name(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-def blocks(q, **changes):
-    given = {"lse": [0.0, 0.0], "dropped": [[True], [True]], **changes}
-    return dropped.mass_from_blocks(q, dropped.Blocks.of(X, 2), given.pop("lse"), **given)

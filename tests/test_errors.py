@@ -8,6 +8,7 @@ import pytest
 
 from refattn import Backend, bias, dropped, engines, linear, masks, method, partial, rounding, softmax
 from refattn import perturbation as pt
+from refattn.blocks import Blocks
 from refattn.kernel import linear_transformer
 from refattn.lowrank import linformer, pooling
 from refattn.memory import memformer, segments
@@ -356,15 +357,15 @@ CALLS = [
     ("state.k", ValueError, lambda: segments.step(STREAM, DO, DO, Q, memory=1)),
     ("state.k", ValueError, lambda: segments.step(STREAM, Q, np.ones((2, T, D)), Q, memory=1)),
     ("state.v", ValueError, lambda: segments.certify(STREAM, Q, Q, DO, memory=1)),
-    ("limit", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(K, 0)),
-    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(DO, 1)),
-    ("k", ValueError, lambda: dropped.Blocks.of(K, 2).absorb(np.ones((2, S, D)), 1)),
+    ("limit", ValueError, lambda: Blocks.of(K, 2).absorb(K, 0)),
+    ("k", ValueError, lambda: Blocks.of(K, 2).absorb(DO, 1)),
+    ("k", ValueError, lambda: Blocks.of(K, 2).absorb(np.ones((2, S, D)), 1)),
     ("size", ValueError, lambda: pooling.attend(Q, K, V, size=0)),
     ("size", ValueError, lambda: pooling.attend(Q, K, V, size=[S - 1])),
     ("size", ValueError, lambda: pooling.bound(Q, K, V, size=[S, 0])),
     ("size", TypeError, lambda: pooling.cost(T, S, D, E, size=2.0)),
     ("size", TypeError, lambda: pooling.vjp(DO, Q, K, V, size="2")),
-    ("size", ValueError, lambda: dropped.Blocks.of(K, [1, S])),
+    ("size", ValueError, lambda: Blocks.of(K, [1, S])),
     ("counts", ValueError, lambda: pooling.weights(Q, K, size=2, counts="logs")),
     ("radius", ValueError, lambda: pooling.bound_from_radius(-1.0, 1.0, 1.0)),
     ("across", TypeError, lambda: pooling.bound_from_radius(1.0, 1.0, "1")),

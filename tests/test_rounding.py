@@ -109,6 +109,12 @@ def test_nan_in_a_row_leaves_keys_that_it_does_not_see_alone():
         assert np.isinf(out.q[0]).all() and np.isfinite(out.q[1:]).all()
 
 
+def test_a_value_that_is_not_seen_does_not_matter_where_its_distance_overflows():
+    x, v, first = np.ones((2, 1)), np.array([[-2e307], [1.7e308]]), [[True, False], [True, False]]
+    allowed = rounding.allowance(softmax.attend, x, x, v, mask=first)
+    assert np.isfinite(allowed).all() and (allowed == rounding.allowance(softmax.attend, x, x[:1], v[:1])).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_row_that_sees_only_what_is_not_finite_is_allowed_anything(bad):
     one = np.ones((1, 1))

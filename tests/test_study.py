@@ -1,4 +1,4 @@
-"""The study: its numbers recomputed, its verdicts, its files, and what it says about bad ones."""
+"""The study: its numbers recomputed, its verdicts, the files that it writes, and what it says about bad options."""
 
 import csv
 import io
@@ -6,8 +6,6 @@ import os
 import subprocess
 import sys
 import types
-import zipfile
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -371,113 +369,6 @@ def test_a_terminal_without_the_signs_gets_the_table(tmp_path: Path) -> None:
     assert b"flops? " in (tmp_path / "shown").read_bytes()
 
 
-def ragged() -> Any:
-    rows = np.empty(2, object)
-    rows[:] = [[1.0], [1.0, 2.0]]
-    return rows
-
-
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "bool": ({"k": K > 0}, "k has dtype bool"),
-    "complex": ({"v": V + 0j}, "v has dtype complex128"),
-    "string": ({"q": Q.astype(str)}, "q has dtype"),
-    "ragged": ({"k": ragged()}, "k holds Python objects"),
-    "nan": ({"v": np.where(V == V[1, 1, 2, 3], np.nan, V)}, "v holds nan at [1, 1, 2, 3]"),
-    "infinite": ({"q": np.full((3, 6), -np.inf)}, "q holds -inf at [0, 0]"),
-    "one axis": ({"q": Q[0, 0, 0]}, "q has shape (6,)"),
-    "depths differ": ({"k": K[..., :5]}, "k has D = 5; expected 6"),
-    "lengths differ": ({"v": V[..., :30, :]}, "v has S = 30; expected 32"),
-    "heads do not divide": ({"q": Q[:, :3]}, "k has 2 heads"),
-    "batches differ": ({"v": np.concatenate([V, V[:1]])}, "v has leading axes"),
-    "empty": ({"q": Q[..., :0, :]}, "nothing to compare"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_a_file_of_bad_arrays_is_refused_in_one_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arrays, words = BAD[case]
-    refused(capsys, tmp_path, saved(tmp_path / "bad.npz", **arrays), words)
-
-
-@pytest.mark.parametrize("case", ["missing", "folder", "empty", "text", "npy", "truncated", "damaged", "no v"])
-def test_a_file_that_is_no_capture_is_refused_in_one_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "bad.npz"
-    whole = Path(saved(path)).read_bytes()
-    words = "truncated"
-    if case == "missing":
-        path.unlink()
-        words = "No such file"
-    elif case == "folder":
-        path.unlink()
-        path.mkdir()
-        words = "directory"
-    elif case == "empty":
-        path.write_bytes(b"")
-    elif case == "text":
-        path.write_text("q, k, v")
-    elif case == "npy":
-        with open(path, "wb") as file:
-            np.save(file, Q)
-        words = "one array"
-    elif case == "truncated":
-        path.write_bytes(whole[: len(whole) // 2])
-    elif case == "damaged":
-        path.write_bytes(whole[:900] + bytes(100) + whole[1000:])
-        words = "q cannot be read"
-    else:
-        np.savez(path, q=Q, k=K, values=V)
-        words = "v is missing; expected q, k and v, and the file holds q, k, values"
-    refused(capsys, tmp_path, str(path), words)
-
-
-def header(text: str) -> bytes:
-    """Return the head of an .npy file."""
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-@pytest.mark.parametrize("case", ["header cut", "header odd", "shape beyond integers", "shape beyond memory", "LZMA"])
-def test_an_array_that_cannot_be_read_is_named_in_one_line(
-    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = "{'descr': '<f8', 'fortran_order': False, 'shape': (%s, 3), }\n"
-    member = {
-        "header cut": header(text[:20]),
-        "header odd": header("{'descr': }"),
-        "shape beyond integers": header(text % 10**31),
-        "shape beyond memory": header(text % 10**17) + bytes(24),
-        "LZMA": header(text % 400) + RNG.bytes(9600),
-    }[case]
-    how = zipfile.ZIP_LZMA if case == "LZMA" else zipfile.ZIP_STORED
-    path = tmp_path / "bad.npz"
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("q.npy", bytes_of(Q))
-        file.writestr("k.npy", member, how)
-        file.writestr("v.npy", bytes_of(V))
-    if case == "LZMA":
-        whole = path.read_bytes()
-        at = whole.index(b"k.npy") + 5
-        path.write_bytes(whole[: at + 40] + b"\xff" * 400 + whole[at + 440 :])
-    refused(capsys, tmp_path, str(path), ": k ")
-
-
-def bytes_of(x: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, x)
-    return file.getvalue()
-
-
-def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, words: str) -> None:
-    good, out = saved(tmp_path / "good.npz"), tmp_path / "out"
-    assert run(good, file, "--methods", "linear_transformer", "--out", str(out)) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and file in said and words in said and "Traceback" not in said
-    assert not out.exists()
-
-
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -519,17 +410,6 @@ def test_importing_the_study_loads_no_extra() -> None:
     paths = os.pathsep.join((str(ROOT), str(ROOT / "backends")))
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
     assert done.stdout.split() == [b"set()"], done.stderr
-
-
-def test_the_sample_is_shipped_with_its_provenance(capsys: pytest.CaptureFixture[str]) -> None:
-    q, k, v = study.sample()
-    assert q.shape == k.shape == v.shape == (2, 2, 304, 32) and q.dtype == np.float32
-    folder = resources.files("refattn.study")
-    assert len((folder / "sample.npz").read_bytes()) < 600_000
-    note = (folder / "sample.md").read_text(encoding="utf-8")
-    assert all(words in note for words in ("all-MiniLM-L6-v2", "Apache License 2.0", "Public domain"))
-    assert run("--methods", "linear_transformer") == 0
-    assert "the shipped sample" in capsys.readouterr().out
 
 
 def test_an_argument_that_does_not_fit_is_refused() -> None:

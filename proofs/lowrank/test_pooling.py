@@ -5,7 +5,7 @@ Notation     One row and one column. Segment g has c_g keys with means k̄_g, v�
              p̃_g ∝ w_g e^{σ q·k̄_g}, w_g = c_g (counts kept) or 1 (ignored). P_g is g's exact mass, μ_g its exact mean
              value: o = Σ P_g μ_g.
 Hypotheses   Hfin: finite inputs. Segments of any sizes that sum to n. No mask.
-Uses         P1, P2, P4 (test_perturbation.py), S2 (test_dropped.py).
+Uses         P1, P2, P4 (test_perturbation.py), S2 (test_blocks.py).
 
 L6  Statement    With lo_g ≤ m_g ≤ hi_g from S2, Δ_g = min(R₋ + R₊, ς√(2c_g)),
                  β_g = range_g(v)·max_f(f/(f + (1 − f)e^{−Δ_g}) − f) over f = 1/c_g … 1 − 1/c_g,

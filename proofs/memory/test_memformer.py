@@ -398,7 +398,7 @@ def test_one_bit_in_a_replayed_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -
     plain, work = unrolled.vjp(do, *arrays, segment=2), _slots.memories
 
     def changed(*args):
-        return [(rows, keys, np.nextafter(m, 2) if n == 1 else m) for n, (rows, keys, m) in enumerate(work(*args))]
+        return [at._replace(memory=np.nextafter(at.memory, 2)) if n == 1 else at for n, at in enumerate(work(*args))]
 
     monkeypatch.setattr(_slots, "memories", changed)
     assert any((a != b).any() for a, b in zip(memformer.vjp(do, *arrays, segment=2), plain, strict=True))

@@ -3,7 +3,7 @@ r"""Segments, windows and sinks are masks, and a stream can say what they cost f
 Notation     Row at position p, segments of L, memory M, s sinks: it keeps K = {⌊p/L⌋L − M ≤ j ≤ p} ∪ {j < s, j ≤ p} of
              A = {j ≤ p}, and has lost D = {s ≤ j < ⌊p/L⌋L − M}. õ, lse over K, o over A, ρ = p(D), x = max |·|.
 Hypotheses   Hfin: inputs finite. Any L ≥ 1, M ≥ 0, s ≥ 0, any mask (but `certify`: none), T and S need not agree.
-Uses         S1, S2 (test_dropped.py), F1, F2 (test_rounding.py).
+Uses         S1 (test_dropped.py), S2 (test_blocks.py), F1, F2 (test_rounding.py).
 Loose        nowhere.
 
 S1  Statement    |attend − exact| ≤ bound(q, k, v, …)        (..., T, E); exact is causal
@@ -65,7 +65,7 @@ import refattn.study
 from proofs.dropping import Seen, judge, mass_relative, reaches
 from proofs.exact import SHARP, Array, Tight, distance, dot, exact, number, slack
 from refattn import dropped, masks, rounding, softmax
-from refattn.dropped import Blocks
+from refattn.blocks import Blocks, Interval, mass_from_blocks
 from refattn.memory import segments
 from refattn.memory.segments import Certificate, State
 from refattn.rounding import gamma
@@ -288,7 +288,7 @@ class Stream(NamedTuple):
             parts.append(part)
         o, mass, error = zip(*parts, strict=True)
         ends = (np.concatenate(x) for x in zip(*mass, strict=True))
-        return Certificate(np.concatenate(o), dropped.Interval(*ends), np.concatenate(error))
+        return Certificate(np.concatenate(o), Interval(*ends), np.concatenate(error))
 
     def states(self) -> Iterator[State]:
         """Yield what is held before each token, and after the last."""
@@ -327,7 +327,7 @@ def widened(blocks: Blocks, q: Array, reach: Array, sign: int) -> Blocks:
     )
 
 
-def mass_rooms(case: Stream, mass: dropped.Interval) -> Array:
+def mass_rooms(case: Stream, mass: Interval) -> Array:
     """Return how far the ends of the rows' ρ may be off by rounding, (2, T): M1, Rounding."""
     scale, rooms = case.options["scale"], np.zeros((2, len(case.q)))
     plain = (*case[:2], np.zeros((len(case.k), 0)))
@@ -343,7 +343,7 @@ def mass_rooms(case: Stream, mass: dropped.Interval) -> Array:
             every = np.ones((1, len(blocks.count)), bool)
             for n, (sign, end) in enumerate(((-1, mass.low[i]), (1, mass.high[i]))):
                 wide = widened(blocks, q if scale is None else q * np.sign(scale), reach, sign)
-                sure = dropped.mass_from_blocks(q[None], wide, lse[i : i + 1], dropped=every, scale=scale)[n][0]
+                sure = mass_from_blocks(q[None], wide, lse[i : i + 1], dropped=every, scale=scale)[n][0]
                 rooms[n, i] = abs(sure - end) + 2 * relative * max(sure, end)
     return rooms
 

@@ -5,8 +5,9 @@ With w = e^{y·ω − ‖y‖²/2} and u = e^{x·ω − ‖x‖²/2 − a},
 .. math:: m \kappa_{ij} = \sum_f (u_{if} + \varepsilon)\, e^{-c_i} w_{jf}
           + \varepsilon \sum_f (u_{if} + \varepsilon) \cdot 1
 
-so that c_i, which depends on what row i sees, belongs to the query, and one constant feature is added. With ε = 0 a
-row's features may have any factor: their largest becomes 1, so that they neither overflow nor all underflow.
+so that c_i, which depends on what row i sees, belongs to the query, and one constant feature is added. Where c is so
+far below 0 that e^{−c} could overflow, c_i and the exponents of w are less a shift, one number for all rows. With ε = 0
+a row's features may have any factor: their largest becomes 1, so that they neither overflow nor all underflow.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from refattn.rounding import Bounded
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Stabilizer = Literal["none", "max"]
+ROOM = 600.0
+"""e^{±ROOM} leaves float64 room for ε and ‖y‖²/2 on either side."""
 
 
 class Features(NamedTuple):
-    """What is made on the way to the engine's features fq and fk; `fall` is e^{−c}, where c matters."""
+    """What is made on the way to the engine's features fq and fk; `fall` is e^{shift − c}, where c matters."""
 
     x: Any
     y: Any
@@ -44,6 +47,7 @@ class Features(NamedTuple):
     fk: Any
     fall: Any
     peak: Any
+    shift: float = 0.0
 
 
 class Head(NamedTuple):
@@ -84,16 +88,24 @@ class Head(NamedTuple):
         u = features.raw(ex, tall - features.largest(plain_x) * by, kind)
         c = _running(features.largest(plain_y), self.ends) * by
         c = c if peak == -np.inf else np.maximum(c, peak)
-        fall, last = np.exp(-c), _values(c)[-1, 0]
+        last, shift = _values(c)[-1, 0], _shift(_values(c)[np.searchsorted(self.ends, 1), 0])
+        if shift < 0:
+            w, c = features.raw(ey, features.height(y, kind) - shift, kind), c - shift
+        fall = np.exp(-c)
         fq = concatenate((u + eps) * fall, (u + eps).sum(1, keepdims=True) * eps, axis=1)
-        return Features(x, y, ex, ey, u, w, fq, concatenate(w, np.ones((w.shape[0], 1)), axis=1), fall, last)
+        return Features(x, y, ex, ey, u, w, fq, concatenate(w, np.ones((w.shape[0], 1)), axis=1), fall, last, shift)
 
     def forward(self, backend: Backend, before: linear.State | None, peak: Any) -> tuple[Any, linear.State | None, Any]:
         """Return the output and what the engine and the maximum leave behind."""
         if not self.ends.any():
             return _nothing((self.q.shape[0], self.v.shape[1]), self.q), before, peak
         f = self.features(peak)
-        return *linear.forward(self.problem(f, before), backend), f.peak
+        if isinstance(self.q, Arithmetic):
+            return *linear.forward(self.problem(f), backend), f.peak
+        if peak != -np.inf:
+            before = _moved(before, _shift(peak) - f.shift)
+        o, after = linear.forward(self.problem(f, before), backend)
+        return o, _moved(after, f.shift - _shift(f.peak)), f.peak
 
     def problem(self, f: Features, before: linear.State | None = None) -> linear.Problem:
         """Return what the linear engine is asked."""
@@ -177,6 +189,19 @@ def _nothing(shape: tuple[int, ...], like: Any) -> Any:
 
 def _values(x: Any) -> Array:
     return x.floats() if isinstance(x, Arithmetic) else x
+
+
+def _shift(c: float) -> float:
+    """Return what exponents are less, so that for c and for what is above it e^{shift − c} does not overflow."""
+    return min(0.0, float(np.floor(c + ROOM))) if np.isfinite(c) else 0.0
+
+
+def _moved(sums: Any, by: float) -> Any:
+    """Return the engine's sums of features that are e^by times as large, by ≤ 0; the constant one stays."""
+    if by == 0:
+        return sums
+    factor = np.r_[np.full(len(sums.z) - 1, np.exp(by)), 1.0]
+    return linear.State(sums.s * factor[:, None], sums.z * factor)
 
 
 def _running(each: Any, ends: Ints) -> Any:

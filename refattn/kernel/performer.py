@@ -131,7 +131,10 @@ class Gradients(NamedTuple):
 
 
 class State(NamedTuple):
-    """What the past leaves behind: the linear engine's sums, and the largest y·ω so far, (...,)."""
+    """What the past leaves behind: the linear engine's sums, and the largest y·ω so far, (...,).
+
+    Where that is below −600, its features are divided by e^{⌊600 + y·ω⌋}, so that they do not all underflow.
+    """
 
     sums: linear.State
     peak: Any
@@ -183,7 +186,8 @@ def attend(
     -------
     (..., T, E) of float64
         A row that sees nothing is 0. One whose every κ is 0, as ReLU's may be and as any is where e^{−‖y‖²/2}
-        underflows, is 0/0 = NaN.
+        underflows, is 0/0 = NaN. So is one that sees a key whose features overflow: their exponent is above 709 or,
+        with ε and the stabiliser, 1300 above the first row's c.
 
     Raises
     ------

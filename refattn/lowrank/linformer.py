@@ -34,7 +34,7 @@ METHOD = Method(
         "rank": Option(
             doc="r, the length to which the sequence is compressed",
             domain=lambda r: r >= 1,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (16, 8, 4, 2)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 1024) // d) for d in (16, 8, 4, 2)})),
         ),
         "projections": Option(
             doc="whether E and F are one array",
@@ -369,9 +369,9 @@ def _by_lift(q: Array, p: Array, k: Array, v: Array, kt: Array, vt: Array, sigma
         return np.full((len(q), v.shape[1]), np.inf)
     g = _groups(k, kt)
     counts = np.bincount(g, minlength=len(kt)).astype(np.float64)
-    means = np.zeros((len(kt), len(k)))
-    means[g, np.arange(len(k))] = 1.0 / counts[g]
+    order = np.argsort(g, kind="stable")
+    means = np.add.reduceat(v[order], np.searchsorted(g[order], np.arange(len(kt))), axis=0) / counts[:, None]
     shift, seats = sigma * (kt[g] - k).T, np.log(counts)[g]
     span = np.concatenate([np.ptp(q[rows] @ shift - seats, axis=1) for rows in tiles(np.arange(len(q)), len(k))])
     tilt = perturbation.tilt_total_variation(span)[:, None] * perturbation.spread(v)
-    return np.abs(p @ (vt - means @ v)) + tilt
+    return np.abs(p @ (vt - means)) + tilt

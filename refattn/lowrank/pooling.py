@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import _check, engines, perturbation, softmax
 from refattn._mix import tiles
 from refattn.arithmetic import Arithmetic, concatenate
-from refattn.dropped import Blocks
+from refattn.blocks import Blocks
 from refattn.engines import Backend
 from refattn.heads import leads, matrix
 from refattn.method import Claim, Cost, Method, Option
@@ -233,7 +233,7 @@ def claim_logits(q: ArrayLike, k: ArrayLike, *, size: Size, scale: float | None 
     With :math:`X = |\sigma| \sum_a |q_a| \max_j |k_{ja}|`, x is off by at most :math:`\eta = \gamma_{c + 2D + 8} X`
     for the largest count c. The upper end has slope at most 1 in R₊, the lower one at most 2c in R₋ ≥ R₊/(c − 1); with
     the variance, which is off by η² and cut at R₋R₊, it moves by at most 2cη more. Evaluation is within 32 roundings
-    of 1 + R, R ≤ 2X. What else the variance may be off by, `refattn.dropped.Blocks.deviation` rounds outward.
+    of 1 + R, R ≤ 2X. What else the variance may be off by, `refattn.blocks.Blocks.deviation` rounds outward.
     """
     q, k = (np.abs(np.asarray(_check.array(s, x, f"{s} D"), np.float64)) for s, x in (("q", q), ("k", k)))
     most = max(_check.parts("size", size, k.shape[-2]), default=1)

@@ -12,6 +12,7 @@ from refattn import _check, masks, softmax
 from refattn.arithmetic import Arithmetic, concatenate
 from refattn.engines import Backend
 from refattn.heads import unbroadcast
+from refattn.masks import Pairs
 
 
 class Inputs(NamedTuple):
@@ -35,6 +36,15 @@ class How(NamedTuple):
     backend: Backend
 
 
+class Before(NamedTuple):
+    """A segment's rows and keys, the memory before it, and how long its slots were before they became directions."""
+
+    rows: slice
+    keys: slice
+    memory: Any
+    length: Any
+
+
 def segments(T: int, S: int, L: int) -> list[tuple[slice, slice]]:
     """Return the rows and the keys of each segment, up to the last row's; rows before the first key are its."""
     last = max(0, S - 1) // L if T else 0
@@ -43,33 +53,34 @@ def segments(T: int, S: int, L: int) -> list[tuple[slice, slice]]:
     return [(slice(*rows), of) for rows, of in zip(pairwise(edges), keys, strict=True)]
 
 
-def first(x: Inputs) -> Any:
-    """Return the memory before the first segment, with the leading axes of all that it will meet."""
-    memory = direction(x.retention)[0]
+def first(x: Inputs) -> tuple[Any, Any]:
+    """Return the memory before the first segment, with the leading axes of all that it will meet, and its lengths."""
+    memory, length = direction(x.retention)
     if isinstance(memory, Arithmetic):
-        return memory
-    return np.broadcast_to(memory, np.broadcast_shapes(*(y.shape[:-2] for y in x[1:])) + memory.shape[-2:])
+        return memory, length
+    lead = np.broadcast_shapes(*(y.shape[:-2] for y in x[1:]))
+    return np.broadcast_to(memory, lead + memory.shape[-2:]), length
 
 
-def memories(x: Inputs, how: How, memory: Any = None) -> Iterator[tuple[slice, slice, Any]]:
-    """Yield each segment's rows, its keys, and the memory before it."""
-    memory = first(x) if memory is None else memory
-    cut = segments(x.q.shape[-2], x.k.shape[-2], how.segment)
+def memories(x: Inputs, how: How, memory: Any = None) -> Iterator[Before]:
+    """Yield what is before each segment; a memory that is given has no lengths."""
+    memory, length = first(x) if memory is None else (memory, None)
+    cut, seen = segments(x.q.shape[-2], x.k.shape[-2], how.segment), written(x, how)
     for n, (rows, keys) in enumerate(cut):
         if n:
-            memory = after(memory, cut[n - 1][1], x, how)
-        yield rows, keys, memory
+            memory, length = after(memory, cut[n - 1][1], x, how, seen)
+        yield Before(rows, keys, memory, length)
 
 
-def after(memory: Any, keys: slice, x: Inputs, how: How) -> Any:
-    """Return the memory after a segment: written, then forgotten."""
+def after(memory: Any, keys: slice, x: Inputs, how: How, seen: Pairs) -> tuple[Any, Any]:
+    """Return the memory after a whole segment, written and then forgotten, and its lengths."""
     k, v = x.k[..., keys, :], x.v[..., keys, :]
-    return direction(write(memory, k, v, x.w_query, x.w_key, how) + x.retention)[0]
+    return direction(write(memory, k, v, x.w_query, x.w_key, how, seen) + x.retention)
 
 
-def reads(x: Inputs, how: How, through: Iterable[tuple[slice, slice, Any]]) -> Any:
+def reads(x: Inputs, how: How, through: Iterable[Before]) -> Any:
     """Return what all rows read."""
-    parts = [read(x.q[..., rows, :], memory, x.w_key, x.w_value, how) for rows, _, memory in through]
+    parts = [read(x.q[..., at.rows, :], at.memory, x.w_key, x.w_value, how) for at in through]
     return concatenate(*parts, axis=-2)
 
 
@@ -77,29 +88,40 @@ def read(q: Any, memory: Any, w_key: Any, w_value: Any, how: How) -> Any:
     return softmax.attend(q, memory @ w_key, memory @ w_value, scale=how.scale, backend=how.backend)
 
 
-def write(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: How) -> Any:
-    arrays, options = as_attention(memory, k, v, w_query, w_key, how)
+def write(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: How, seen: Pairs) -> Any:
+    arrays, options = as_attention(memory, k, v, w_query, w_key, how, seen)
     return softmax.attend(*arrays, **options)
 
 
-def as_attention(memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: How) -> tuple[Any, dict[str, Any]]:
-    """Return a write as softmax attention in which each slot sees its own row and all inputs.
+def own_and_inputs(n: int, L: int) -> Pairs:
+    """Return the pairs of a write of L inputs to n slots: each slot sees its own row and all inputs."""
+    return (masks.window(0, 0).at(0) | ~masks.prefix(n)).on(n, n + L)
+
+
+def written(x: Inputs, how: How) -> Pairs:
+    """Return the pairs of the writes of whole segments: bound once, they are found once for all of them."""
+    return own_and_inputs(x.retention.shape[-2], min(how.segment, x.k.shape[-2]))
+
+
+def as_attention(
+    memory: Any, k: Any, v: Any, w_query: Any, w_key: Any, how: How, seen: Pairs
+) -> tuple[Any, dict[str, Any]]:
+    """Return a write as softmax attention.
 
     τ divides the queries and not the scale, whose default is the real number 1/√D.
     """
-    n, L = memory.shape[-2], k.shape[-2]
-    mask = masks.dense(np.concatenate([np.eye(n, dtype=bool), np.ones((n, L), bool)], axis=1))
     arrays = memory @ w_query / how.temperature, stacked(memory @ w_key, k), stacked(memory, v)
-    return arrays, {"mask": mask, "scale": how.scale, "backend": how.backend}
+    return arrays, {"mask": seen, "scale": how.scale, "backend": how.backend}
 
 
 def backward(do: Any, x: Inputs, how: How) -> Inputs:
-    """Return the gradients by replay: of what a segment computed only the memory before it is kept."""
-    kept = list(memories(x, how))
-    g, later = Inputs(*(np.zeros(y.shape) for y in x)), np.zeros(kept[0][2].shape)
-    for n, (rows, keys, memory) in reversed(list(enumerate(kept))):
+    """Return the gradients by replay: of what a segment computed only the memory after it is kept, and its lengths."""
+    kept, seen = list(memories(x, how)), written(x, how)
+    g, later = Inputs(*(np.zeros(y.shape) for y in x)), np.zeros(kept[0].memory.shape)
+    for n, (rows, keys, memory, _) in reversed(list(enumerate(kept))):
         if n + 1 < len(kept):
-            g, later = replay(g, later, memory, keys, x, how)
+            later = pull(later, kept[n + 1].memory, kept[n + 1].length)
+            g, later = replay(g, later, memory, keys, x, how, seen)
         of = softmax.vjp(
             do[..., rows, :],
             x.q[..., rows, :],
@@ -114,14 +136,14 @@ def backward(do: Any, x: Inputs, how: How) -> Inputs:
             w_key=g.w_key + unbroadcast(memory.mT @ of.k, x.w_key.shape),
             w_value=g.w_value + unbroadcast(memory.mT @ of.v, x.w_value.shape),
         )
-    return g._replace(retention=g.retention + unbroadcast(pull(later, *direction(x.retention)), x.retention.shape))
+    start = pull(later, kept[0].memory, kept[0].length)
+    return g._replace(retention=g.retention + unbroadcast(start, x.retention.shape))
 
 
-def replay(g: Inputs, later: Any, memory: Any, keys: slice, x: Inputs, how: How) -> tuple[Inputs, Any]:
+def replay(g: Inputs, later: Any, memory: Any, keys: slice, x: Inputs, how: How, seen: Pairs) -> tuple[Inputs, Any]:
     """Compute a segment's write again, and return the gradients with its share and that of the memory before it."""
     n, k, v = memory.shape[-2], x.k[..., keys, :], x.v[..., keys, :]
-    arrays, options = as_attention(memory, k, v, x.w_query, x.w_key, how)
-    later = pull(later, *direction(softmax.attend(*arrays, **options) + x.retention))
+    arrays, options = as_attention(memory, k, v, x.w_query, x.w_key, how, seen)
     of = softmax.vjp(later, *arrays, **options)
     asked, own, k_seen, v_seen = of.q / how.temperature, of.k[..., :n, :], of.k[..., n:, :], of.v[..., n:, :]
     g = g._replace(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from refattn import _check, masks
 from refattn._pairs import integer
 from refattn.arithmetic import Arithmetic
-from refattn.dropped import Blocks
+from refattn.blocks import Blocks
 from refattn.masks import Mask
 
 Ints = NDArray[np.int64]

@@ -58,7 +58,7 @@ METHOD = Method(
         "slots": Option(
             doc="n, the slots of the memory",
             domain=lambda n: n >= 1,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (16, 8, 4, 2)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 1024) // d) for d in (16, 8, 4, 2)})),
         ),
     },
     drawn=("w_query", "w_key", "w_value", "retention"),
@@ -179,7 +179,8 @@ def weights(
     """
     x, how = _fit(q, k, v, w_query, w_key, w_value, retention), _how(segment, temperature, scale, "numpy")
     through = _slots.memories(x, how)
-    return concatenate(*(softmax.weights(x.q[..., r, :], m @ x.w_key, scale=scale) for r, _, m in through), axis=-2)
+    parts = (softmax.weights(x.q[..., at.rows, :], at.memory @ x.w_key, scale=scale) for at in through)
+    return concatenate(*parts, axis=-2)
 
 
 def read(
@@ -263,7 +264,8 @@ def write(
     """
     x = _arrays(memory=memory, k=k, v=v, w_query=w_query, w_key=w_key)
     how = _how(1, temperature, scale, backend)
-    return _slots.write(x["memory"], x["k"], x["v"], x["w_query"], x["w_key"], how)
+    seen = _slots.own_and_inputs(x["memory"].shape[-2], x["k"].shape[-2])
+    return _slots.write(x["memory"], x["k"], x["v"], x["w_query"], x["w_key"], how, seen)
 
 
 def forget(memory: ArrayLike, retention: ArrayLike) -> NDArray[np.float64]:
@@ -314,8 +316,9 @@ def vjp(
 ) -> Gradients:
     r"""Gradients of ⟨do, o⟩ through time by memory replay back-propagation: what a segment computed is not kept.
 
-    Forward, only the memory at the segments' boundaries is kept, n·E numbers each. Backward, from the last segment to
-    the first, each is computed again from the memory before it, and the gradient of that memory is carried on:
+    Forward, only y and ‖u‖ at the segments' boundaries are kept, n·(E + 1) numbers each. Backward, from the last
+    segment to the first, each is computed again from the memory before it, and the gradient of that memory is carried
+    on:
 
     .. math:: u = m' + b, \quad du = \frac{dm - y (y \cdot dm)}{\lVert u \rVert},\ y = \frac{u}{\lVert u \rVert}, \quad
               db \mathrel{+}= du, \quad dm' = du
@@ -366,9 +369,9 @@ def step(
     S = x.k.shape[-2]
     through = list(_slots.memories(x, how, start.memory))
     o = _slots.reads(x, how, through)
-    _, keys, memory = through[-1]
+    _, keys, memory, _ = through[-1]
     if S and S % how.segment == 0:
-        memory, keys = _slots.after(memory, keys, x, how), slice(S, S)
+        memory, keys = _slots.after(memory, keys, x, how, _slots.written(x, how))[0], slice(S, S)
     return o, State(memory, x.k[..., keys, :].copy(), x.v[..., keys, :].copy())
 
 
@@ -479,10 +482,10 @@ def _how(segment: Any, temperature: Any, scale: Any, backend: Any) -> How:
 def _started(state: Any, x: Inputs, how: How) -> State:
     """Return the state to go on from, after checking that it fits."""
     if state is None:
-        return State(_slots.first(x), x.k[..., :0, :], x.v[..., :0, :])
+        return State(_slots.first(x)[0], x.k[..., :0, :], x.v[..., :0, :])
     if not isinstance(state, State):
         raise TypeError(f"state is {state!r}; expected a State that step returned, or None")
-    _check.shaped("state.memory", state.memory, "n E", _slots.first(x).shape)
+    _check.shaped("state.memory", state.memory, "n E", _slots.first(x)[0].shape)
     k, v = _check.array("state.k", state.k, "S D"), _check.array("state.v", state.v, "S E")
     pending = k.shape[-2]
     if pending >= how.segment:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import dropped, masks, softmax
-from refattn.dropped import Interval
+from refattn.blocks import Interval, mass_from_blocks
 from refattn.engines import Backend
 from refattn.heads import Leads, leads
 from refattn.masks import MaskLike
@@ -40,7 +40,7 @@ METHOD = Method(
         "memory": Option(
             doc="M, keys before the segment",
             domain=lambda n: n >= 0,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (64, 32, 16, 8, 4)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 8192) // d) for d in (64, 32, 16, 8, 4)})),
         ),
         "sinks": Option(doc="s, first keys that stay", domain=lambda n: n >= 0, typical=(0, 2), default=0),
     },
@@ -242,7 +242,7 @@ def certify(
 
     D_i are the keys that row i would see but for this method, ρ_i their mass, lse_i is over those that it keeps, and
     U_i bounds the log-sum-exp over D_i from summaries of them (M1: S1 with S2's two points). A row's summaries are of
-    exactly the keys that it has lost, which join the nearest as they are evicted (`refattn.dropped.Blocks.absorb`).
+    exactly the keys that it has lost, which join the nearest as they are evicted (`refattn.blocks.Blocks.absorb`).
     Exact attention is over all of the past: a stream has no mask.
 
     Parameters
@@ -278,7 +278,7 @@ def certify(
         rows, past = now.first == first, now.forget(int(first))
         gone = np.ones((int(rows.sum()), past.evicted.centre.shape[-2]), bool)
         query = np.asarray(q)[..., rows, :]
-        own = dropped.mass_from_blocks(query, past.evicted, lse[..., rows], dropped=gone, scale=scale)
+        own = mass_from_blocks(query, past.evicted, lse[..., rows], dropped=gone, scale=scale)
         for end, value in zip(mass, own, strict=True):
             end[..., rows] = value
         if gone.shape[1]:

@@ -30,7 +30,7 @@ METHOD = Method(
         "window": Option(
             doc="w, keys on each side",
             domain=lambda w: w >= 0,
-            typical=lambda n: tuple(sorted({max(1, n["S"] // d) for d in (64, 32, 16, 8, 4)})),
+            typical=lambda n: tuple(sorted({max(1, min(n["S"], 8192) // d) for d in (64, 32, 16, 8, 4)})),
         ),
         "dilation": Option(
             doc="d, distance between the window's keys", domain=lambda d: d >= 1, typical=(1, 2), default=1

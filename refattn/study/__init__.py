@@ -10,5 +10,19 @@ from refattn.study._plot import plot
 from refattn.study._read import Capture, read, sample
 from refattn.study._show import Shown, show
 from refattn.study._table import Row, Table, write_csv
+from refattn.study._target import Targets, target
 
-__all__ = ["Capture", "Row", "Shown", "Table", "compare", "plot", "read", "sample", "show", "write_csv"]
+__all__ = [
+    "Capture",
+    "Row",
+    "Shown",
+    "Table",
+    "Targets",
+    "compare",
+    "plot",
+    "read",
+    "sample",
+    "show",
+    "target",
+    "write_csv",
+]

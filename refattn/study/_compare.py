@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -27,7 +27,8 @@ def compare(
     mask: MaskLike = None,
     scale: float | None = None,
     methods: Sequence[str] | None = None,
-    budget: float | None = None,
+    budgets: Mapping[str, Sequence[Any]] | None = None,
+    cost: float | None = None,
     rows: int | None = None,
     seed: int = 0,
     delta: float = 0.05,
@@ -73,7 +74,9 @@ def compare(
         The scale of the exact attention; the real number 1/√D unless given.
     methods : sequence of str, optional
         Names from the table of methods; all of them unless given.
-    budget : float, optional
+    budgets : mapping of str to sequence of int, optional
+        By method, the budgets to sweep instead of the typical ones, such as ``{"longformer": (64, 256)}``.
+    cost : float, optional
         Measure only what costs at most this part of exact attention.
     rows : int, optional
         Measure only this many rows, drawn without replacement and the same for all heads, with exact attention on
@@ -122,10 +125,10 @@ def compare(
     """
     seed = _check.integer("seed", seed, 0)
     inputs = Inputs(q, k, v, mask, scale, rows=rows, seed=seed)
-    most = math.inf if budget is None else _check.positive("budget", budget)
+    most = math.inf if cost is None else _check.positive("cost", cost)
     labels = _labels("layers", layers, inputs.shape[0] if len(inputs.shape) > 1 else 0)
     words = _labels("tokens", tokens, inputs.sizes["S"])
-    run = Run(inputs, methods, seed)
+    run = Run(inputs, methods, budgets, seed)
     claims = Trials(run, delta=delta, rows=trial_rows, trials=trials)
     report, total, done = progress or silent, (len(run.plan) + len(claims.plan)) * inputs.heads, 0
     setting = Setting(
@@ -137,7 +140,7 @@ def compare(
         seed=seed,
         delta=claims.delta,
         trials=claims.trials,
-        budget=budget,
+        cost=cost,
         layers=labels,
         tokens=words,
     )
@@ -152,12 +155,12 @@ def compare(
     try:
         with np.errstate(all="ignore"), one_thread():  # the table says what is not finite
             for sweep in run.plan:
-                costs[id(sweep)] = cost = run.cost(sweep)
-                if cost > most:
+                costs[id(sweep)] = own = run.cost(sweep)
+                if own > most:
                     for _ in range(inputs.heads):
                         step()
                     continue
-                found.append(run.measure(sweep, cost, step))
+                found.append(run.measure(sweep, own, step))
             for sweep, claim in claims.plan:
                 if costs[id(sweep)] <= most:
                     found.append(claims.row(sweep, claim, costs[id(sweep)], step))

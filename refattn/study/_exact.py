@@ -30,47 +30,48 @@ class References:
     def __init__(self, inputs: Inputs) -> None:
         """Compute nothing yet."""
         self._inputs = inputs
-        self._known: dict[tuple[Any, ...], Exact] = {}
-        self._kept: list[dict[str, Any]] = []  # what the keys name by its id stays
+        self._known: dict[tuple[tuple[bool, bool], int], Exact] = {}
         T, S, own = inputs.sizes["T"], inputs.sizes["S"], inputs.whole
-        causal = masks.meet(own, masks.causal()).on(T, S), masks.causal().on(T, S)
-        self._within = own is not None and bool(np.all(causal[0].count == own.count))
-        self._causal = [pairs.pick(inputs.rows) if inputs.sampled else pairs for pairs in causal]
+        both = masks.meet(own, masks.causal()).on(T, S)
+        self._within = own is not None and bool(np.all(both.count == own.count))
+        whole = {(False, False): None, (True, False): own, (False, True): masks.causal().on(T, S), (True, True): both}
+        self._seen = {
+            kind: pairs.pick(inputs.rows) if inputs.sampled and pairs is not None else pairs
+            for kind, pairs in whole.items()
+        }
 
     def text(self, declared: Method) -> str:
         """Say what a method is measured against."""
-        masked = self._inputs.masked(declared)
-        if declared.causal and not (masked and self._within):
+        masked, causal = self._kind(declared)
+        if causal:
             return "softmax, same mask and causal" if masked else "softmax, causal"
         return "softmax, same mask" if masked else "softmax, unmasked"
 
     def seen(self, declared: Method) -> Pairs | None:
         """Return the pairs that the reference sees, of the measured rows."""
-        masked = self._inputs.masked(declared)
-        return self._causal[not masked] if declared.causal else self._inputs.mask(declared) if masked else None
+        return self._seen[self._kind(declared)]
 
     def of(self, problem: Problem) -> Exact:
-        """Return the reference of a problem."""
+        """Return the reference of a problem: the module's own where it reads more than q, k and v."""
         declared, module, one = problem.sweep.declared, problem.sweep.module, problem.arrays
-        own = getattr(module, "exact", None)
-        verb, arrays, given = softmax.attend, {name: one[name] for name in "qkv"}, dict[str, Any]()
-        seen, options = self.seen(declared), problem.options
-        if own is not None:
-            verb, arrays, given = own, accepted(own, one), accepted(own, options)
-            given = {name: x for name, x in given.items() if name not in ("mask", "scale")}
-            seen = self._inputs.mask(declared)
-        key = verb, problem.n, self._inputs.masked(declared), declared.causal, *((s, id(x)) for s, x in given.items())
-        known = self._known.get(key)
-        if known is None or set(arrays) & set(declared.drawn):
-            common = {"mask": self._inputs.one(seen, problem.n), "scale": self._inputs.scale}
-            positional, named = arguments(declared, arrays)
-            call = named | given | accepted(verb, common)
-            o = np.asarray(verb(*positional, **call), np.float64)
-            spread = _spread(one["v"], self._inputs.one(self.seen(declared), problem.n))
-            known = Exact(o, rounding.allowance(verb, *positional, **call), spread)
-            self._known[key] = known
-            self._kept.append(given)
-        return known
+        kind, own = self._kind(declared), getattr(module, "exact", None)
+        if own is not None and set(accepted(own, one)) - set("qkv"):
+            positional, named = arguments(declared, accepted(own, one))
+            return self._exact(own, positional, named | accepted(own, problem.options), one["v"], kind, problem.n)
+        if (kind, problem.n) not in self._known:
+            mask = self._inputs.one(self._seen[kind], problem.n)
+            common, arrays = {"mask": mask, "scale": self._inputs.scale}, [one[name] for name in "qkv"]
+            self._known[kind, problem.n] = self._exact(softmax.attend, arrays, common, one["v"], kind, problem.n)
+        return self._known[kind, problem.n]
+
+    def _kind(self, declared: Method) -> tuple[bool, bool]:
+        """Return whether the study's mask is seen through, and causality beside it."""
+        masked = self._inputs.masked(declared)
+        return masked, declared.causal and not (masked and self._within)
+
+    def _exact(self, verb: Any, arrays: list[Any], named: dict[str, Any], v: Array, kind: Any, n: int) -> Exact:
+        o = np.asarray(verb(*arrays, **named), np.float64)
+        return Exact(o, rounding.allowance(verb, *arrays, **named), _spread(v, self._inputs.one(self._seen[kind], n)))
 
 
 def _spread(v: Array, seen: Pairs | None) -> Array:

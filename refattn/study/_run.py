@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,24 @@ from refattn.study._table import Head, Row, over, rms
 Array = NDArray[np.float64]
 WORST = 5
 """How many rows of each head are remembered as its worst."""
+THREADS = 2
 
 
 class Run:
     """Arrays, references and plan of a study. What a method draws depends on the seed and the head alone."""
 
-    def __init__(self, inputs: Inputs, methods: Sequence[str] | None, seed: int) -> None:
+    def __init__(
+        self,
+        inputs: Inputs,
+        methods: Sequence[str] | None,
+        budgets: Mapping[str, Sequence[Any]] | None,
+        seed: int,
+    ) -> None:
         """Plan every method over its budgets; what few rows cannot be asked for is left out."""
         self.inputs, self.seed, self.references = inputs, seed, References(inputs)
         self.left_out: dict[str, str] = {}
-        self.plan = [sweep for sweep in sweeps(chosen(methods), inputs.sizes) if self._answered(sweep)]
+        every = sweeps(chosen(methods), inputs.sizes, budgets)
+        self.plan = [sweep for sweep in every if self._answered(sweep)]
         self._fitted: tuple[Sweep, list[Drawn]] | None = None
 
     def made(self, sweep: Sweep, n: int) -> Drawn:
@@ -42,23 +51,19 @@ class Run:
         """Return the sweep of a row that this run measured."""
         return next(sweep for sweep in self.plan if (sweep.name, sweep.text) == (row.method, row.budget))
 
-    def problems(self, sweep: Sweep) -> Iterator[Problem]:
-        """Yield the heads of a sweep."""
-        return (self.problem(sweep, n) for n in range(self.inputs.heads))
-
     def problem(self, sweep: Sweep, n: int) -> Problem:
         """Return head n of a sweep."""
         return self.inputs.problem(sweep, n, self.inputs.head(n), self.made(sweep, n))
 
     def cost(self, sweep: Sweep) -> float:
-        """Return a sweep's cost, as a part of exact attention's."""
+        """Return a sweep's cost, as a part of exact attention's; where it depends on what is drawn, head 0's."""
         inputs, nothing = self.inputs, Drawn({}, {})
         options = set(sweep.declared.drawn) - set(sweep.declared.arrays)
-        if inputs.whole is not None and inputs.whole.lead or options:
-            made = (self.made(sweep, n) if options else nothing for n in range(inputs.heads))
-            flops = sum(inputs.cost(sweep, n, one) for n, one in enumerate(made))
+        made = self.made(sweep, 0) if options else nothing
+        if inputs.whole is not None and inputs.whole.lead:
+            flops = sum(inputs.cost(sweep, n, made) for n in range(inputs.heads))
         else:
-            flops = inputs.heads * inputs.cost(sweep, 0, nothing)
+            flops = inputs.heads * inputs.cost(sweep, 0, made)
         return flops / self.inputs.exact_cost if self.inputs.exact_cost else math.nan
 
     def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:
@@ -67,16 +72,22 @@ class Run:
         shape = inputs.heads, len(inputs.rows), inputs.sizes["E"]
         error, slack, bound, seconds = np.empty(shape), np.empty(shape), np.empty(shape), 0.0
         spread = np.empty((inputs.heads, 1, inputs.sizes["E"]))
-        for n, problem in enumerate(self.problems(sweep)):
+
+        def one(n: int) -> float:
+            problem = self.problem(sweep, n)
             start = time.perf_counter()
             o = problem.attend()
-            seconds += time.perf_counter() - start
+            taken = time.perf_counter() - start
             exact, own = self.references.of(problem), problem.rounding()
             error[n], spread[n] = np.abs(o - exact.o), exact.spread
             slack[n] = exact.rounding + own + rounding.U * error[n]
             if claim is not None:
                 bound[n] = problem.call(getattr(sweep.module, claim.verb))
                 slack[n] = slack[n] + own + problem.claim_rounding()  # õ is in the claim too
+            return taken
+
+        for taken in self._by_head(sweep, one):
+            seconds += taken
             step()
         row = Row(
             method=sweep.name,
@@ -91,6 +102,38 @@ class Run:
         return row._replace(
             heads=tuple(self._head(error[n], slack[n], spread[n], bound[n], claim is not None) for n in heads)
         )
+
+    def probe(self, sweep: Sweep) -> tuple[float, float | None]:
+        """Return the root mean squares of error ÷ spread and of bound ÷ spread, rounding being in the error."""
+        claim = next(claims_over(sweep.declared, "arrays"), None)
+
+        def one(n: int) -> tuple[Array, Array]:
+            problem = self.problem(sweep, n)
+            exact = self.references.of(problem)
+            o = problem.attend()
+            bound = o if claim is None else np.broadcast_to(problem.call(getattr(sweep.module, claim.verb)), o.shape)
+            return over(np.abs(o - exact.o), exact.spread), over(np.abs(bound), exact.spread)
+
+        errors, bounds = zip(*self._by_head(sweep, one), strict=True)
+        return rms(np.stack(errors)), None if claim is None else rms(np.stack(bounds))
+
+    def _by_head(self, sweep: Sweep, work: Callable[[int], Any]) -> Iterator[Any]:
+        """Yield what the work answers of each head; long contexts are shared by two threads."""
+        if sweep.source == "fit":
+            self.made(sweep, 0)
+        if not self.inputs.sampled:
+            yield from map(work, range(self.inputs.heads))
+            return
+
+        def quiet(n: int) -> Any:
+            with np.errstate(all="ignore"):  # a thread starts with NumPy's own
+                return work(n)
+
+        pool = ThreadPoolExecutor(THREADS)
+        try:
+            yield from pool.map(quiet, range(self.inputs.heads))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _head(self, error: Array, slack: Array, spread: Array, bound: Array, claimed: bool) -> Head:
         """Return what a row says of one head."""

@@ -129,7 +129,10 @@ class Inputs:
     @cached_property
     def exact_cost(self) -> int:
         """The floating-point operations of exact attention with the study's mask, over all heads."""
-        return sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in range(self.heads))
+        own = self.whole is not None and bool(self.whole.lead)
+        each = range(self.heads if own else 1)
+        flops = sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in each)
+        return flops if own else flops * self.heads
 
     def fit(self, sweep: Sweep) -> list[Drawn]:
         """Fit what the method draws, to all heads at once, and return it head by head."""
@@ -194,21 +197,46 @@ def chosen(names: Sequence[str] | None) -> list[ModuleType]:
     return [known[name] for name in names]
 
 
-def sweeps(modules: Sequence[ModuleType], sizes: Mapping[str, int]) -> Iterator[Sweep]:
-    """Yield the rows to be, method by method, from the cheapest budget to the dearest."""
+def sweeps(
+    modules: Sequence[ModuleType], sizes: Mapping[str, int], budgets: Mapping[str, Sequence[Any]] | None = None
+) -> Iterator[Sweep]:
+    """Yield the rows to be, method by method, from the cheapest budget to the dearest.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Budgets of a method that is not among these or has none, or outside its domain.
+    """
+    given, names = dict(budgets or {}), [module.METHOD.name for module in modules]
+    for name in given:
+        _check.choice("budgets", name, tuple(names))
     for module in modules:
         declared: Method = module.METHOD
-        swept = (None,) if declared.budget is None else options_of(declared)[declared.budget].values(sizes)
-        budgets = [None if declared.budget is None else (declared.budget, x) for x in swept]
+        swept = _budgets(declared, sizes, given.get(declared.name))
         variants: tuple[Mapping[str, Any], ...] = ({}, *declared.variants)
         for extra in variants:
             variant = "".join(f", {name}={value}" for name, value in extra.items())
             for source in sources(module):
                 note = " (fit)" if source == "fit" else ""
-                for budget in budgets:
+                for budget in swept:
                     own = dict(extra) | ({} if budget is None else {budget[0]: budget[1]})
                     options = needed(declared, sizes) | own
                     yield Sweep(declared.name + note + variant, module, budget, options, source)
+
+
+def _budgets(declared: Method, sizes: Mapping[str, int], given: Sequence[Any] | None) -> list[tuple[str, Any] | None]:
+    name = declared.budget
+    if name is None:
+        if given is not None:
+            raise ValueError(f"budgets has {declared.name}, which has no budget")
+        return [None]
+    option = options_of(declared)[name]
+    for value in given or ():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not option.domain(value):
+            raise ValueError(f"budgets: {declared.name} has {name} {value!r}; expected {option.doc}")
+    typical = option.values(sizes)
+    own = typical if given is None else sorted(set(given), reverse=typical[0] > typical[-1])
+    return [(name, value) for value in own]
 
 
 def options_of(declared: Method) -> dict[str, method.Option]:

@@ -54,7 +54,7 @@ class Setting(NamedTuple):
         The rows that were measured; None where all were.
     seed, delta, trials
         As given to `compare`.
-    budget
+    cost
         The largest cost that was measured; None where there was no limit.
     layers
         Labels of the first leading axis, where there are any.
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
     seed: int
     delta: float
     trials: int
-    budget: float | None = None
+    cost: float | None = None
     layers: tuple[str, ...] | None = None
     tokens: tuple[str, ...] | None = None
 
@@ -262,6 +262,8 @@ class Table:
         """One sentence for all that the rows do not cover."""
         rows = None if self.setting is None else self.setting.rows
         found = ["partial: stopped before the end"] * self.partial
+        if not self.rows and self.setting is not None and self.setting.cost is not None:
+            found.append(f"nothing costs at most {self.setting.cost:g} of exact attention")
         if self.setting is not None and rows is not None:
             found.append(f"measured on {len(rows)} of {self.setting.sizes['T']} rows of each head")
         return (*found, *(f"left out: {name}: {why}" for name, why in self.left_out.items()))

@@ -1,0 +1,183 @@
+"""The budget question, some rows alone, and what the command line is asked of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from refattn import cli, masks, rounding, softmax, study
+from refattn.sparse import longformer
+from refattn.study import _expression
+from refattn.testing import assert_within
+
+RNG = np.random.default_rng(11)
+Q, K, V = RNG.standard_normal((3, 2, 24, 6))
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["study", *arguments])
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def errors(window: int) -> tuple[float, float]:
+    """Error and bound of Longformer ÷ spread, root mean squares, by the verbs alone."""
+    spread = (V.max(axis=1) - V.min(axis=1))[:, None, :]
+    error = np.abs(longformer.attend(Q, K, V, window=window) - softmax.attend(Q, K, V)) / spread
+    bound = longformer.bound(Q, K, V, window=window) / spread
+    return float(np.sqrt((error**2).mean())), float(np.sqrt((bound**2).mean()))
+
+
+def test_the_cheapest_window_is_the_first_of_all_that_meets_the_target() -> None:
+    found, _ = study.target(Q, K, V, target=0.05, methods=["longformer"]).rows
+    every = [errors(window) for window in range(1, 24)]
+    first = [next(w for w, both in enumerate(every, 1) if both[which] <= 0.05) for which in (0, 1)]
+    assert found.error is not None and found.bound is not None
+    assert [found.error.budget, found.bound.budget] == [f"window={w}" for w in first]
+    pairs = sum(min(23, i + first[0]) - max(0, i - first[0]) + 1 for i in range(24))
+    assert found.error.cost == pairs / 24**2
+    room = rounding.gamma(V.size + 8) * np.array(every[first[0] - 1]).max()
+    assert_within(found.error.value, every[first[0] - 1][0], room)
+
+
+def test_fewer_segments_are_cheaper_and_are_looked_at_first() -> None:
+    same = np.repeat(K[:, ::2], 2, axis=1), np.repeat(V[:, ::2], 2, axis=1)
+    (found,) = study.target(Q, *same, target=1e-9, methods=["pooling"]).rows
+    assert found.error is not None and found.error.budget == "size=2" and found.error.cost == 0.5
+
+
+def test_what_no_budget_reaches_is_none_and_what_has_no_bound_says_so() -> None:
+    answer = study.target(Q, K, V, target=1e-3, methods=["linear_transformer", "memformer"], title="toy")
+    linear, memory = answer.rows
+    assert linear.error is None and linear.bound is None and linear.claimed
+    assert memory.bound is None and not memory.claimed
+    cells = {line[0]: line[1:] for line in answer.lines}
+    assert cells["linear_transformer"] == ("none", "—", "—", "none", "—", "—")
+    assert cells["memformer"][3] == "no bound"
+    assert str(answer).startswith("toy: the cheapest budget")
+
+
+def test_a_method_without_a_budget_meets_a_target_or_not() -> None:
+    (found,) = study.target(Q, K, V, target=10.0, methods=["linear_transformer"]).rows
+    assert found.error is not None and found.error.budget == ""
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan])
+def test_a_target_that_is_none_is_refused(wrong: float) -> None:
+    with pytest.raises(ValueError, match="target is"):
+        study.target(Q, K, V, target=wrong)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(9, 3)], ids=["none", "causal", "window"])
+def test_some_rows_say_what_all_rows_say_of_them(mask: Any) -> None:
+    names = ["longformer", "segments", "sparse_transformer", "linear_transformer", "polynomial", "pooling"]
+    some = study.compare(Q, K, V, mask=mask, methods=names, rows=5, seed=3)
+    assert some.setting is not None and some.setting.rows is not None and len(some.setting.rows) == 5
+    whole = study.compare(Q, K, V, mask=mask, methods=names, seed=3)
+    assert [(row.method, row.budget, row.cost) for row in some.rows] == [
+        (row.method, row.budget, row.cost) for row in whole.rows
+    ]
+    for few, every in zip(some.rows, whole.rows, strict=True):
+        assert few.holds and few.reference == every.reference
+        assert {n for head in few.heads for n in head.worst} == set(some.setting.rows)
+
+
+def test_rows_leave_out_what_cannot_answer_them_and_say_so() -> None:
+    table = study.compare(Q, K, V, methods=["memformer", "linformer"], rows=4)
+    assert {row.method for row in table.rows} == {"linformer"}
+    assert set(table.left_out) == {"memformer", "linformer (fit)"}
+    assert "measured on 4 of 24 rows of each head" in str(table)
+
+
+def test_a_study_that_is_stopped_keeps_what_is_done() -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.compare(Q, K, V, methods=["longformer"], progress=stop)
+    table = study.compare(Q, K, V, methods=["longformer"], progress=stop, partial=True)
+    assert table.partial and len(table.rows) == 2 and "partial" in str(table)
+
+
+def test_budgets_are_swept_from_the_cheapest_and_cost_is_a_limit() -> None:
+    table = study.compare(Q, K, V, methods=["longformer", "pooling"], budgets={"longformer": (4, 1), "pooling": (2, 8)})
+    assert [row.budget for row in table.rows][-2:] == ["size=8", "size=2"]
+    assert [row.budget for row in table.rows][:2] == ["window=1", "window=4"]
+    cheap = study.compare(Q, K, V, methods=["longformer"], cost=0.2)
+    assert cheap.rows and all(row.cost <= 0.2 for row in cheap.rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("causal", masks.causal()),
+        ("causal()", masks.causal()),
+        ("window(3, None) & ~prefix(2)", masks.window(3, None) & ~masks.prefix(2)),
+        ("global_tokens([0, 5]) | window(left=1, right=1)", masks.global_tokens([0, 5]) | masks.window(1, 1)),
+    ],
+)
+def test_a_mask_is_said_in_text(text: str, same: masks.Mask) -> None:
+    assert str(_expression.mask(text).on(9, 9)) == str(same.on(9, 9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "causal +", "nothing", "window(1)", "window(q, 1)", "__import__('os')", "causal.__class__", "3", "-causal"],
+)
+def test_what_is_no_mask_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="^mask is"):
+        _expression.mask(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mask", "nothing"), "--mask: mask is 'nothing'"),
+        (("--budget", "much"), "--budget is 'much'"),
+        (("--budget", "longformer=a"), "--budget is 'longformer=a'"),
+        (("--budget", "performer=0"), "performer has features 0"),
+        (("--budget", "gaussian=2"), "gaussian, which has no budget"),
+        (("--budget", "-1"), "cost is -1"),
+        (("--rows", "0"), "rows is 0"),
+        (("--target", "0"), "target is 0"),
+        (("--head", "a"), "--head is 'a'"),
+    ],
+)
+def test_a_bad_option_is_refused_in_one_line(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    out, said = capsys.readouterr()
+    assert out == "" and said.count("\n") == 1 and said.startswith("refattn: ") and message in said
+
+
+def test_the_command_line_answers_the_budget_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", q=Q, k=K, v=V)
+    assert run(str(tmp_path / "a.npz"), "--target", "0.05", "--methods", "longformer") == 0
+    out = capsys.readouterr().out
+    assert out == str(study.target(Q, K, V, target=0.05, methods=["longformer"], title=str(tmp_path / "a.npz"))) + "\n"
+
+
+def test_the_command_line_says_what_is_done_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "a.npz", q=Q, k=K, v=V)
+    compare = study.compare
+
+    def stopped(*arrays: Any, progress: Any, **options: Any) -> study.Table:
+        def stop(done: int, total: int) -> None:
+            progress(done, total)
+            if done == 5:
+                raise KeyboardInterrupt
+
+        return compare(*arrays, progress=stop, **options)
+
+    monkeypatch.setattr(study, "compare", stopped)
+    files = [str(tmp_path / "a.npz")] * 2
+    assert run(*files, "--methods", "longformer", "--out", str(tmp_path / "out")) == 130
+    assert "partial" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["studies"][0]["partial"] is True
