@@ -50,9 +50,8 @@ def main() -> int:
     )
     seconds, most = time.perf_counter() - start, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(table)
-    print(
-        f"\n{len(table.rows)} rows, {seconds:.0f} s (at most {SECONDS:.0f}), {most / 2**30:.2f} GiB (at most {BYTES / 2**30:.0f})"
-    )
+    print(f"\n{len(table.rows)} rows in {seconds:.0f} s (at most {SECONDS:.0f})", end=", ")
+    print(f"{most / 2**30:.2f} GiB (at most {BYTES / 2**30:.0f})")
     return 0 if seconds <= SECONDS and most <= BYTES and not table.violations else 1
 
 

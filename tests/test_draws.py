@@ -205,8 +205,22 @@ def test_a_method_that_is_causal_by_itself_is_measured_against_causal_attention(
     ):
         (row,) = study.compare(Q, K, V, mask=mask).rows
         assert (row.reference, row.error_max, row.holds, row.cost) == (reference, 0.0, True, 0.5)
-    toy(monkeypatch, {"claims": claims}, attend=softmax.attend, exact=exact, bound=bound)
-    assert study.compare(Q, K, V).rows[0].holds is False
+
+
+def test_an_exact_answer_that_reads_what_is_drawn_is_what_the_method_is_measured_against(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def attend(q: Any, k: Any, v: Any, shift: Any, *, mask: Any = None, scale: Any = None) -> Any:
+        return softmax.attend(q + shift, k, v, mask=mask, scale=scale)
+
+    def draw(rng: np.random.Generator, q: Any, k: Any, v: Any) -> tuple[Any]:
+        return (np.ones((1, q.shape[-1])),)
+
+    declaration = {"arrays": {"q": "T D", "k": "S D", "v": "S E", "shift": "r D"}, "drawn": ("shift",)}
+    toy(monkeypatch, declaration, attend=attend, exact=attend, draw=draw)
+    assert study.compare(Q, K, V).rows[0].error_max == 0
+    toy(monkeypatch, declaration, attend=attend, draw=draw)
+    assert study.compare(Q, K, V).rows[0].error_max == abs(softmax.attend(Q + 1, K, V) - softmax.attend(Q, K, V)).max()
 
 
 def test_a_method_that_approximates_nothing_has_errors_and_a_dash(monkeypatch: pytest.MonkeyPatch) -> None:
