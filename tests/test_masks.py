@@ -258,6 +258,31 @@ def test_the_laws_of_sets_hold_run_by_run(first: Problem, second: Problem) -> No
         assert all(same(x.take(n).runs(ALL), y.take(n).runs(ALL)) for n in range(int(np.prod(x.lead))))
 
 
+@settings(deadline=None)
+@given(problems(), st.data())
+def test_picked_rows_are_those_rows_of_the_whole(problem: Problem, data: st.DataObject) -> None:
+    some = data.draw(st.lists(st.integers(0, problem.T - 1), max_size=6)) if problem.T else []
+    whole = problem.rule.mask.on(problem.T, problem.S)
+    picked = whole.pick(some)
+    again = (picked.mask & masks.window(None, None)).on(len(some), problem.S)
+    for n in range(math.prod(picked.lead)):
+        seen = whole.take(n).seen(some, ALL)
+        for one in (picked, again):
+            assert np.array_equal(one.take(n).seen(ALL, ALL), seen)
+            assert same(one.take(n).runs(ALL), whole.take(n).runs(some))
+
+
+def test_a_pattern_stands_where_its_mask_placed_the_rows() -> None:
+    near = masks.window(1, 1)
+    whole = near.on(9, 9)
+    picked = masks.meet(masks.causal().on(9, 9).pick([2, 7]), near).on(2, 9)
+    assert np.array_equal(picked.seen(ALL, ALL), (whole.seen(ALL, ALL) & np.tri(9, dtype=bool))[[2, 7]])
+    twice = masks.causal().at([2, 5, 7]).on(3, 9).pick([0, 2])
+    assert np.array_equal(masks.meet(twice, near).on(2, 9).seen(ALL, ALL), picked.seen(ALL, ALL))
+    half = masks.causal().at(0) & masks.window(3, 0)  # one part alone is placed: that places nothing beside it
+    assert half.position is None and (~masks.causal().at([1])).position is not None
+
+
 @given(st.integers(0, 9), st.integers(0, 9))
 def test_rows_stand_bottom_right_unless_they_are_placed(T: int, S: int) -> None:
     rule = masks.window(2, 1)
@@ -451,6 +476,8 @@ def test_binding_takes_what_a_mask_argument_may_be() -> None:
         (lambda: masks.causal().on(2, 2).runs([2]), "rows reach from 2 to 2"),
         (lambda: masks.causal().on(2, 2).seen([0], [-1]), "keys reach from -1 to -1"),
         (lambda: masks.causal().on(2, 2).runs([[0]]), "rows has shape"),
+        (lambda: masks.causal().on(2, 2).pick([2]), "rows reach from 2 to 2"),
+        (lambda: masks.causal().on(2, 2).pick([1]).mask.on(2, 2), "mask: 1 rows are picked for S = 2, but T = 2"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(wrong: Callable[[], Any], message: str) -> None:
