@@ -65,4 +65,6 @@ def _shape(worst: Worst, own: Array | None) -> str:
 
 
 def _percent(part: float | None) -> str:
-    return "none" if part is None else f"{100 * part:.0f} %"
+    if part is None:
+        return "none"
+    return f"{100 * part:.0f} %" if part >= 0.1 else f"{100 * part:.2g} %"
