@@ -287,9 +287,8 @@ def test_matrices_are_the_dense_weights_at_their_rows_and_keys(table: study.Tabl
 
 
 def test_a_matrix_whose_columns_are_no_keys_has_no_difference(table: study.Table) -> None:
-    row = next(row for row in table.rows if row.method == "memformer")
-    slots = int(row.budget.partition("=")[2])
-    drawn = memformer.draw(np.random.default_rng([0, 1]), Q[1], K[1], V[1], slots=slots)
+    row = row_of(table, "memformer", "slots=6")
+    drawn = memformer.draw(np.random.default_rng([0, 1]), Q[1], K[1], V[1], slots=6)
     segment, *_ = memformer.METHOD.options["segment"].values({"T": 12, "S": 12, "D": 4, "E": 4})
     shown = matrices(table, row, 1, 7)
     weights = memformer.weights(Q[1], K[1], V[1], *drawn, segment=segment)
