@@ -47,7 +47,7 @@ def variants(rows: Iterable[Row]) -> list[list[Row]]:
 def strokes(rows: Iterable[Row]) -> dict[str, Any]:
     """Return the stroke of each method and variant: solid for a method's first."""
     found: dict[str, dict[str, Any]] = {}
-    for (row, *_) in variants(rows):
+    for row, *_ in variants(rows):
         own = found.setdefault(row.name, {})
         own[row.method] = STROKES[len(own) % len(STROKES)]
     return {name: stroke for own in found.values() for name, stroke in own.items()}
