@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from refattn import masks, study
-from refattn.study import Row, Setting, Table, _report
+from refattn.study import Row, Setting, Table
 from refattn.study._look import equal
 
 RNG = np.random.default_rng(3)
@@ -227,4 +227,3 @@ def test_a_table_that_was_made_by_hand_is_refused_by_the_report(tmp_path: Path) 
     setting = Setting({"T": 1, "S": 1, "D": 1, "E": 1}, (), None, None, None, 0, 0.05, 1)
     with pytest.raises(ValueError, match="table has no run"):
         study.report(tmp_path, [Table([row], setting=setting)])
-    assert _report.hash_of("ab") != _report.hash_of("ba")

@@ -168,8 +168,8 @@ def _section(n: int, one: Looked, cost: float) -> dict[str, Any]:
         ],
         "panels": [(name, _panel(f"s{n}p{i}", rows, name)) for i, name in enumerate(names)],
         "heat": None if not best else _heat(n, best, one.comparable, shape, labels),
-        "matrices": None if first is None or table.run is None else _matrices(n, one, first),
-        "others": [] if table.run is None else [_matrices(n, one, row, exact=False) for row in [*best.values()][1:]],
+        "matrices": None if first is None else _matrices(f"s{n}m", one, first, exact=True),
+        "others": [_matrices(f"s{n}o{i}", one, row, exact=False) for i, row in enumerate([*best.values()][1:])],
         "head": _place(table, one.head),
         "worst": [_worst(table, row) for row in one.worst],
         "curves": [(curve.method, _curve(f"s{n}c{i}", curve)) for i, curve in enumerate(one.curves)],
@@ -257,13 +257,12 @@ def _heat(
     }
 
 
-def _matrices(n: int, one: Looked, row: Row, *, exact: bool = True) -> dict[str, Any]:
+def _matrices(prefix: str, one: Looked, row: Row, *, exact: bool) -> dict[str, Any]:
     found = matrices(one.table, row, one.head)
     tokens = None if one.table.setting is None else one.table.setting.tokens
     keys = list[str]() if tokens is None or len(found.keys) > FEW else [tokens[int(j)] for j in found.keys]
     top = max(_largest(found.exact), _largest(found.weights))
     signed = "signed weights" if bool((found.weights < 0).any()) else "weights"
-    prefix = f"s{n}m{abs(hash_of(row.method))}"
 
     def drawn(tail: str, x: Array, top: float, of: str, label: str) -> str:
         def draw(figure: Any, ink: Any) -> None:
@@ -280,11 +279,6 @@ def _matrices(n: int, one: Looked, row: Row, *, exact: bool = True) -> dict[str,
         label = f"{row.method} less exact in {where}"
         parts.append((f"{row.method} − exact", drawn("d", found.difference, most, "differences", label)))
     return {"row": row, "parts": parts}
-
-
-def hash_of(text: str) -> int:
-    """Return a number that is the same for the same text in every run."""
-    return sum((i + 1) * b for i, b in enumerate(text.encode("utf-8", "replace")))
 
 
 def _largest(x: Array) -> float:
