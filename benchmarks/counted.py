@@ -84,12 +84,14 @@ class Counted(Arithmetic):
         return type(self)(part.o), type(self)(part.lse)
 
     def linear_forward(self, fq: Any, fk: Any, v: Any, seen: NDArray[np.bool_], eps: float) -> Any:
-        fq, fk, v = map(_plain, (fq, fk, v))
-        if fk.shape[0] == fk.shape[1] and (fk == np.eye(len(fk))).all():  # φ(q) is a matrix of weights, formed before
+        fq, v = _plain(fq), _plain(v)
+        if fk is None:  # fq is κ, formed before
             self.tally.products += 2 * int(seen.sum()) * v.shape[1]
+            kappa = np.where(seen, fq, 0.0)
         else:
+            fk = _plain(fk)
             self.tally.products += 2 * (len(fq) + len(fk)) * fk.shape[1] * (v.shape[1] + 1)
-        kappa = np.where(seen, fq @ fk.T, 0.0)
+            kappa = np.where(seen, fq @ fk.T, 0.0)
         den = kappa.sum(axis=1, keepdims=True) + eps
         return type(self)(np.divide(kappa @ v, den, out=np.zeros((len(fq), v.shape[1])), where=den != 0))
 

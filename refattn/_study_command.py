@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,6 +61,27 @@ def budgets_of(texts: Sequence[str]) -> tuple[float | None, dict[str, list[int]]
                 f"--budget is {text!r}; expected a part of exact attention's cost, or budgets such as longformer=64,256"
             ) from None
     return most, found
+
+
+def head_of(found: Mapping[str, Capture], text: str | None) -> tuple[int, ...] | None:
+    """Read ``--head``, an index into the leading axes of every input."""
+    import click
+
+    from refattn.heads import leads
+
+    if text is None:
+        return None
+    try:
+        head = tuple(int(x) for x in text.split(","))
+    except ValueError:
+        raise click.UsageError(f"--head is {text!r}; expected integers such as 0,3") from None
+    for name, capture in found.items():
+        q, k, v = (x.shape[:-2] for x in (capture.q, capture.k, capture.v))
+        with suppress(ValueError):  # which comparing says better
+            shape = leads({"q": q}, {"k": k, "v": v}).shape
+            if len(head) != len(shape) or not all(0 <= n < size for n, size in zip(head, shape, strict=True)):
+                raise click.UsageError(f"--head is {text!r}; expected an index into the heads of {name}, {shape}")
+    return head
 
 
 def compared(found: Mapping[str, Capture], *, label: str, **options: Any) -> Iterator[Table]:

@@ -130,10 +130,10 @@ def _command() -> click.Group:
             "seed": seed,
             "label": ", causal" * causal + (f", {mask}" if mask else ""),
         }
-        shown = None if head is None else _numbers("--head", head)
         with warnings.catch_warnings(), _folder(out, OUTPUTS) if out else nullcontext() as scratch:
             warnings.simplefilter("ignore")  # the table says what is not finite
             found = asked.captures(files)
+            shown = asked.head_of(found, head)
             targets = [] if target is None else list(asked.answered(found, target=target, **common))
             whole = target is None or out is not None
             more = {"cost": cost, "budgets": own, "trials": trials}
@@ -169,15 +169,6 @@ def _command() -> click.Group:
             _show(pictures, seed=seed, options=options)
 
     return group
-
-
-def _numbers(name: str, text: str) -> tuple[int, ...]:
-    import click
-
-    try:
-        return tuple(int(x) for x in text.split(","))
-    except ValueError:
-        raise click.UsageError(f"{name} is {text!r}; expected integers such as 0,3") from None
 
 
 def _pictures(name: str | None, every: bool, out: Path | None) -> dict[str, Path]:
@@ -235,7 +226,7 @@ def _show(pictures: Mapping[str, Path], **options: Any) -> None:
     print(*said, sep="\n")
 
 
-OUTPUTS = ("study.csv", "study.png")
+OUTPUTS = ("study.html", "study.csv", "study.json")
 
 
 @contextmanager
@@ -262,12 +253,11 @@ def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
 def _write(
     scratch: Path, out: Path, tables: Sequence[Table], targets: Sequence[Targets], head: tuple[int, ...] | None
 ) -> None:
-    """Write both files into the scratch folder first, so that what stands in the other is whole."""
+    """Write the files into the scratch folder first, so that what stands in the other is whole."""
     from refattn import study
 
     with _writing(out):
-        for name, write in zip(OUTPUTS, (study.write_csv, study.plot), strict=True):
-            write(scratch / name, tables)
+        study.report(scratch, tables, targets=targets, head=head)
         for name in OUTPUTS:
             os.replace(scratch / name, out / name)
 

@@ -13,7 +13,7 @@ from refattn import masks, method, rounding, softmax, study
 from refattn.memory import memformer
 from refattn.method import Cost, Method, Option
 from refattn.rounding import gamma
-from refattn.study._look import Curve, Worst, assumptions, curves, matrices, worst_rows
+from refattn.study._look import Curve, Worst, assumptions, curves, equal, matrices, worst_rows
 from refattn.study._why import effective, why
 from refattn.testing import assert_within
 
@@ -305,7 +305,16 @@ def test_sampled_rows_are_the_rows_shown() -> None:
     assert_within(shown.exact, p, relative(Q[0], K[0]))
 
 
-# --- what claims assume, and what is refused --------------------------------------------------------------------------
+# --- equal cost, what claims assume, and what is refused --------------------------------------------------------------
+
+
+def test_rows_at_equal_cost_are_the_dearest_that_are_cheap_enough(table: study.Table) -> None:
+    found = equal(table, 0.5)
+    assert found
+    for name, row in found.items():
+        costs = [own.cost for own in table.rows if own.method == name and own.heads and own.cost <= 0.5]
+        assert row.cost == max(costs)
+    assert equal(table, 0.0) == {}
 
 
 def test_every_claim_says_what_it_assumes_of_a_statement_that_is_proved() -> None:

@@ -88,7 +88,7 @@ def references(mask: Any, **options: Any) -> dict[str, str]:
 def test_each_row_says_what_it_is_measured_against() -> None:
     free = [name for name, module in METHODS.items() if not module.METHOD.causal]
     assert set(references(None, methods=free).values()) == {"softmax, unmasked"}
-    causal, window = (references(x, methods=free) for x in (masks.causal(), masks.window(4, 0)))
+    causal, window = (references(x, methods=free, trials=20) for x in (masks.causal(), masks.window(4, 0)))
     assert causal["longformer"] == causal["linear_transformer"] == window["longformer"] == "softmax, same mask"
     assert causal["linformer"] == causal["linformer (fit)"] == window["linear_transformer"] == "softmax, unmasked"
 
@@ -197,7 +197,7 @@ def test_an_answer_that_is_not_finite_is_said_by_the_table_alone(case: str) -> N
 def test_an_answer_that_is_not_finite_is_no_violation(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(saved(tmp_path / "a.npz", **OVERFLOWING[case]), "--out", str(tmp_path / "out")) == 0
+    assert run(saved(tmp_path / "a.npz", **OVERFLOWING[case]), "--trials", "20") == 0
     shown, said = capsys.readouterr()
     assert said == "" and "VIOLATED" not in shown
     line, *_ = shown.split("linear_transformer, against softmax, unmasked\n")[1].splitlines()
@@ -272,8 +272,8 @@ def test_out_gets_a_table_and_a_picture_of_all_files(tmp_path: Path, capsys: pyt
     files = [saved(tmp_path / f"{name}.npz", token_ids=np.arange(3)) for name in "ab"]
     out = tmp_path / "new" / "out"
     assert run(*files, "--causal", "--methods", "longformer, linear_transformer", "--out", str(out)) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["study.csv", "study.png"]
-    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["study.csv", "study.html", "study.json"]
+    assert (out / "study.html").read_bytes().startswith(b"<!doctype html>")
     lines = (out / "study.csv").read_text(encoding="utf-8").splitlines()
     shown, said = capsys.readouterr()
     assert said == "" and shown.count("linear_transformer") == 2
@@ -291,7 +291,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_study(
     out = tmp_path / "new" / "out" / ("x" * 300)
     if made:
         out = tmp_path / "out"
-        (out / "study.png").mkdir(parents=True)
+        (out / "study.html").mkdir(parents=True)
         (out / "study.csv").write_text("kept")
     assert run(saved(tmp_path / "a.npz"), "--out", str(out)) == 2
     said = capsys.readouterr().err
@@ -303,10 +303,10 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_study(
 def test_whatever_goes_wrong_in_writing_is_said_in_one_line_and_leaves_nothing(
     error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def failed(*_: Any) -> None:
+    def failed(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(study, "plot", failed)
+    monkeypatch.setattr(study, "report", failed)
     out = tmp_path / "new" / "out"
     assert run(saved(tmp_path / "a.npz"), "--methods", "longformer", "--out", str(out)) == 2
     said = capsys.readouterr().err
@@ -318,7 +318,7 @@ def test_whatever_goes_wrong_in_writing_is_said_in_one_line_and_leaves_nothing(
 def test_a_picture_without_a_positive_error_is_drawn(v: Any, tmp_path: Path) -> None:
     file, out = saved(tmp_path / "a$b_$.npz", v=v), tmp_path / "out"
     assert run(file, "--methods", "longformer,linear_transformer", "--out", str(out)) == 0
-    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "study.html").stat().st_size > 0
 
 
 def test_too_little_memory_is_said_in_one_line(
@@ -406,7 +406,8 @@ def test_a_missing_extra_is_named_with_the_pip_line(
 
 
 def test_importing_the_study_loads_no_extra() -> None:
-    script = "import sys, refattn.cli, refattn.study; print({'click', 'rich', 'matplotlib'} & set(sys.modules))"
+    extras = {"click", "jinja2", "matplotlib", "pandas", "rich", "safetensors"}
+    script = f"import sys, refattn.cli, refattn.study; print({extras} & set(sys.modules))"
     paths = os.pathsep.join((str(ROOT), str(ROOT / "backends")))
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
     assert done.stdout.split() == [b"set()"], done.stderr

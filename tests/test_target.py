@@ -145,6 +145,7 @@ def test_what_is_no_mask_is_refused(text: str) -> None:
         (("--rows", "0"), "rows is 0"),
         (("--target", "0"), "target is 0"),
         (("--head", "a"), "--head is 'a'"),
+        (("--head", "0,2"), "--head is '0,2'; expected an index into the heads of the shipped sample, (2, 2)"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(

@@ -115,8 +115,8 @@ def heads(axes: Any, x: Array, limits: Point, ink: Ink, *, labels: Sequence[str]
     _ticks(axes, "y", labels)
     for n, text in enumerate(texts):
         i, j = divmod(n, x.shape[1])
-        share = norm(seen[i, j]) if seen[i, j] is not np.ma.masked else 0.0
-        dark = share is not np.ma.masked and float(share) > 0.5
+        number = float(x[i, j])
+        dark = math.isfinite(number) and number > math.sqrt(limits[0] * limits[1])
         where = {"ha": "center", "va": "center", "linespacing": 1.3, "parse_math": False}
         axes.text(j + 0.5, i + 0.5, text, color="#ffffff" if dark else "#101418", **where)
     return image
@@ -223,7 +223,7 @@ def _line(rows: Sequence[Row], column: str, floor: float) -> tuple[list[float], 
 def _log_axes(axes: Any, rows: Sequence[Row], floor: float, ink: Ink, *, small: bool = False) -> None:
     shown = [row for row in rows if row.vacuous is None]
     costs = [row.cost for row in shown if fits(row.cost)] + [1.0, 0.09]
-    tops = [y for row in shown for y in (row.error_relative, row.bound_relative) if fits(y)] + [1.0]
+    tops = [y for row in shown for y in (row.error_relative, row.bound_relative) if y is not None and fits(y)] + [1.0]
     x, y = (min(costs) / 1.25, max(costs) * 1.25), (floor, min(max(tops) * 1.3, 1e300))
     axes.set(xscale="log", yscale="log", xlim=x, ylim=y)
     _percents(axes, "x", x, 2 if small else 6)
@@ -262,7 +262,7 @@ def _ticks(axes: Any, side: str, labels: Sequence[str], *, shift: float = 0.5, t
 
 def spread_of(values: Iterable[float | None]) -> Point:
     """Return limits of a log scale of colours that hold these values."""
-    found = [float(x) for x in values if fits(x)] or [1.0]
+    found = [x for x in values if x is not None and fits(x)] or [1.0]
     low, high = min(found), max(found)
     return (low, high) if high > low * 1.01 else (low / 1.5, high * 1.5)
 

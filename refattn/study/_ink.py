@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import re
 import warnings
@@ -96,7 +97,6 @@ def variables(colours: dict[str, str], methods: tuple[str, ...]) -> str:
 @contextmanager
 def drawing(ink: Ink) -> Generator[Any]:
     """Yield an empty figure, drawn in these colours and in no style of the user's."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,6 +110,7 @@ def drawing(ink: Ink) -> Generator[Any]:
         "ytick.labelcolor": ink.soft,
         "grid.color": ink.line,
     }
+    matplotlib: Any = importlib.import_module("matplotlib")
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a font that lacks a token's letter: the reader's browser has another
         matplotlib.rcdefaults()
@@ -138,7 +139,8 @@ def svg(draw: Callable[[Any, Ink], None], prefix: str, label: str = "") -> str:
         body = body.replace(sign, f"var({name})")
     body = re.sub(r"(font: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--sans)", body)
     said = f'role="img" aria-label="{_quoted(label)}"' if label else 'aria-hidden="true"'
-    return f'<svg viewBox="{view}" style="--width:{width:.4g}px" {said}>{re.sub(r">\s+<", "><", body).strip()}</svg>'
+    body = re.sub(r">\s+<", "><", body).strip()
+    return f'<svg viewBox="{view}" style="--width:{width:.4g}px" {said}>{body}</svg>'
 
 
 def _found(pattern: str, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
@@ -13,7 +14,6 @@ from numpy.typing import NDArray
 from refattn.study import _text
 
 if TYPE_CHECKING:
-    import pandas
     import rich.text
     from matplotlib.figure import Figure
 
@@ -203,8 +203,7 @@ class Table:
 
     def _of(self, rows: Iterable[Row]) -> Table:
         """Return a table of these of the rows."""
-        about = {"setting": self.setting, "partial": self.partial, "left_out": self.left_out, "run": self.run}
-        return Table(rows, self.title, **about)
+        return Table(rows, self.title, setting=self.setting, partial=self.partial, left_out=self.left_out, run=self.run)
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -217,7 +216,7 @@ class Table:
 
         return plot(self)
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self) -> Any:
         """Return the rows as a data frame of the columns that are one value each; NaN where a number is None.
 
         Raises
@@ -226,7 +225,7 @@ class Table:
             Without pandas.
         """
         try:
-            import pandas
+            pandas: Any = importlib.import_module("pandas")
         except ImportError:
             raise ImportError("to_pandas needs pandas, which is not installed: pip install pandas") from None
         kinds = {name: "boolean" if name == "holds" else "float64" for name in COLUMNS[3:]}
