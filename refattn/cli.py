@@ -98,7 +98,11 @@ def _command() -> click.Group:
     @click.option(
         "--trials", type=int, default=200, show_default=True, help="Draws on which claims about them are tried."
     )
-    @click.option("--target", type=float, help="The cheapest budget whose error ÷ spread is at most this; no table.")
+    @click.option(
+        "--target",
+        type=float,
+        help="The cheapest budget whose error ÷ spread is at most this; the table only with --out.",
+    )
     @click.option("--head", metavar="N,N", help="The head whose weights the report shows.")
     @click.option("--out", type=click.Path(path_type=Path), help="Folder for study.html, study.csv and study.json.")
     def study(  # pyright: ignore[reportUnusedFunction]

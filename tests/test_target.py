@@ -111,6 +111,12 @@ def test_budgets_are_swept_from_the_cheapest_and_cost_is_a_limit() -> None:
     assert cheap.rows and all(row.cost <= 0.2 for row in cheap.rows)
 
 
+def test_progress_runs_to_the_end_where_costs_leave_methods_out() -> None:
+    seen: list[tuple[int, int]] = []
+    study.compare(Q, K, V, methods=["performer"], cost=0.01, trials=20, progress=lambda *at: seen.append(at))
+    assert seen[-1][0] == seen[-1][1] == len(seen) - 1
+
+
 @pytest.mark.parametrize(
     ("text", "same"),
     [

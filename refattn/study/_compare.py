@@ -162,8 +162,11 @@ def compare(
                     continue
                 found.append(run.measure(sweep, own, step))
             for sweep, claim in claims.plan:
-                if costs[id(sweep)] <= most:
-                    found.append(claims.row(sweep, claim, costs[id(sweep)], step))
+                if costs[id(sweep)] > most:
+                    for _ in range(inputs.heads):
+                        step()
+                    continue
+                found.append(claims.row(sweep, claim, costs[id(sweep)], step))
     except KeyboardInterrupt:
         if not partial:
             raise
