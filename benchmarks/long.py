@@ -1,6 +1,6 @@
 """A study of a long context: ``python -m benchmarks.long`` prints its table, its time and its memory.
 
-65536 tokens, 8 heads, D = E = 64, float32, causal; 16 rows of each head, every method of which rows can be answered
+65536 tokens, 8 heads, D = E = 64, float32, causal; 8 rows of each head, every method of which rows can be answered
 alone and that costs at most half of exact attention, at budgets that are in use at such lengths. Queries and keys have
 a part that moves slowly along the sequence and a part of their own, so that a row attends to its neighbourhood and to
 keys far away that are like it. It fails where it takes more than 120 seconds or 3 GiB.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from refattn import masks, study
 
-TOKENS, HEADS, DEPTH, ROWS = 65536, 8, 64, 16
+TOKENS, HEADS, DEPTH, ROWS = 65536, 8, 64, 8
 SECONDS, BYTES = 120.0, 3 * 2**30
 BUDGETS = {
     "sparse_transformer": (256,),
