@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from refattn.study import _html
 from refattn.study._ink import PLAIN, STROKES, Ink, drawing
 from refattn.study._look import Curve
 from refattn.study._show import weighted
@@ -17,6 +18,7 @@ from refattn.study._table import Row, Table
 Array = NDArray[np.float64]
 Point = tuple[float, float]
 
+SPACE = "\u00a0"
 COST, ERROR = "flops ÷ exact", "error ÷ spread of v (RMS)"
 
 
@@ -80,7 +82,7 @@ def panel(axes: Any, rows: Sequence[Row], name: str, ink: Ink) -> None:
     x = [row.cost for row in first]
     low, high = ([max(getattr(row, of), floor) for row in first] for of in ("error_relative", "bound_relative"))
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-    axes.vlines(x, low, high, color=colour, alpha=0.4, linewidth=0.8)
+    axes.vlines(x, low, high, color=colour, alpha=0.3, linewidth=0.8)
     axes.plot(x, high, color=colour, linewidth=0.8)
     for own in mine:
         more = {"linestyle": known[own[0].method], "marker": mark if own is mine[0] else "", "markersize": 3.5}
@@ -97,53 +99,60 @@ def swatch(axes: Any, method: str, rows: Sequence[Row], ink: Ink) -> None:
     axes.plot(0.5, 0, color=colour, marker=mark, fillstyle="none" if stroke != "solid" else "full", markersize=5)
 
 
-def heads(axes: Any, x: Array, limits: Point, ink: Ink, *, labels: Sequence[str], texts: Sequence[str] = ()) -> Any:
-    """Draw (rows, heads) numbers as colours on a log scale, with texts in the cells; NaN is grey."""
+def heads(
+    axes: Any, x: Array, limits: Point, ink: Ink, *, labels: Sequence[Sequence[str]], texts: Sequence[str] = ()
+) -> None:
+    """Draw a grid of numbers as colours on a log scale, with labels of rows and columns, and texts in the cells."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     norm = LogNorm(*limits, clip=True)
     colours = colormaps["viridis_r"].with_extremes(bad=ink.unseen)
     seen = np.ma.masked_invalid(np.where(x > 0, x, np.where(x == 0, limits[0], np.nan)))
-    image = axes.pcolormesh(seen, cmap=colours, norm=norm, edgecolors=ink.page, linewidth=1.0)
+    axes.pcolormesh(seen, cmap=colours, norm=norm, edgecolors=ink.page, linewidth=1.0)
     axes.invert_yaxis()
     axes.set_aspect("equal")
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0)
-    _ticks(axes, "x", [str(n) for n in range(x.shape[1])])
-    _ticks(axes, "y", labels)
+    _ticks(axes, "y", labels[0])
+    _ticks(axes, "x", labels[1])
     for n, text in enumerate(texts):
         i, j = divmod(n, x.shape[1])
-        number = float(x[i, j])
-        dark = math.isfinite(number) and number > math.sqrt(limits[0] * limits[1])
+        dark = fits(float(x[i, j])) and float(x[i, j]) > math.sqrt(limits[0] * limits[1])
         where = {"ha": "center", "va": "center", "linespacing": 1.3, "parse_math": False}
         axes.text(j + 0.5, i + 0.5, text, color="#ffffff" if dark else "#101418", **where)
-    return image
 
 
 def matrix(
     figure: Any, x: Array, top: float, ink: Ink, *, of: str, rows: Sequence[str] = (), keys: Sequence[str] = ()
 ) -> None:
     """Draw a matrix over its scale of colours: ``of`` is "weights", "signed weights" or "differences", up to `top`."""
-    axes = figure.add_subplot()
+    from matplotlib import rcParams
+
+    rcParams["font.size"] = 7.0
+    side, left, below, bar = 2.2, 0.7 * bool(rows), 0.7 * bool(keys), 0.42
+    width, height = side + left, side + below + bar
+    figure.set_size_inches(width, height)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((left / width, (below + bar) / height, side / width, side / height))
     image = axes.imshow(x, interpolation="none", aspect="auto")
-    axes.set_box_aspect(1)
-    ticks = (-top, 0.0, top)
-    if of == "differences":
-        image.set(cmap="RdBu_r", clim=(-top, top))
+    weighted(image, top, of != "weights", "none")
+    ticks = (-top, 0.0, top) if of != "weights" else (0.0, top / 16, top / 4, top)
+    if of == "weights":
+        axes.set_facecolor(ink.unseen)
     else:
-        weighted(image, top, of == "signed weights", ink.unseen)
-        ticks = ticks if of == "signed weights" else (0.0, top / 16, top / 4, top)
-    for side in axes.spines.values():
-        side.set_visible(False)
+        image.set_cmap(_two_sided("#2b6cc4", "#c8323c") if of == "differences" else _two_sided("#8a56c2", "#c26a12"))
+    for edge in axes.spines.values():
+        edge.set_visible(of != "weights")
     axes.tick_params(length=0)
     _ticks(axes, "x", keys, shift=0.0, turn=90)
     _ticks(axes, "y", rows, shift=0.0)
-    bar = figure.colorbar(image, ax=axes, location="bottom", aspect=28, pad=0.03)
-    bar.set_ticks(ticks, labels=[f"{t:.2g}".replace("-", "−") for t in ticks])
-    bar.ax.minorticks_off()
-    bar.outline.set_visible(False)
+    colours = figure.add_axes(((left + 0.15) / width, 0.26 / height, (side - 0.3) / width, 0.07 / height))
+    scale = figure.colorbar(image, cax=colours, orientation="horizontal")
+    scale.set_ticks(ticks, labels=[f"{t:.2g}".replace("-", "−") for t in ticks])
+    scale.ax.minorticks_off()
+    scale.outline.set_visible(False)
 
 
 def converging(axes: Any, curve: Curve, ink: Ink) -> None:
@@ -187,9 +196,8 @@ def percent(x: float | None) -> str:
     if math.isinf(x):
         return "∞"
     if x >= 10:
-        return f"{x:.2g} ×" if x < 1000 else f"{x:.0e} ×"
-    shown = f"{100 * x:.2g}"
-    return f"{float(shown):g} %" if 100 * x >= 1e-3 or x == 0 else f"{100 * x:.0e} %"
+        return f"{x:.2g}{SPACE}×" if x < 100 else f"{x:.0e}{SPACE}×"
+    return f"{float(f'{100 * x:.2g}'):g}{SPACE}%" if x == 0 or x >= 1e-5 else f"{100 * x:.0e}{SPACE}%"
 
 
 def fits(x: float | None) -> bool:
@@ -203,7 +211,7 @@ def _cost(row: Row) -> float:
 
 def _drawn(text: str) -> str:
     """Return text that a font can be asked for."""
-    return text.encode("utf-8", "replace").decode()
+    return _html.shown(text)
 
 
 def _floor(rows: Iterable[Row]) -> float:
@@ -230,8 +238,8 @@ def _log_axes(axes: Any, rows: Sequence[Row], floor: float, ink: Ink, *, small: 
     _percents(axes, "y", y, 3 if small else 6)
     axes.grid(True)
     axes.set_axisbelow(True)
-    axes.axhline(1.0, color=ink.soft, linewidth=0.8)
-    axes.axvline(1.0, color=ink.soft, linewidth=0.8)
+    axes.axhline(1.0, color=ink.back, linewidth=0.8)
+    axes.axvline(1.0, color=ink.back, linewidth=0.8)
     axes.plot(1.0, floor, marker="*", color=ink.ink, markersize=6 if small else 10, clip_on=False, zorder=5)
     if not small:
         place = {"textcoords": "offset points", "va": "bottom"}
@@ -260,14 +268,21 @@ def _ticks(axes: Any, side: str, labels: Sequence[str], *, shift: float = 0.5, t
         text.set_parse_math(False)
 
 
+def _two_sided(low: str, high: str) -> Any:
+    """Return colours of negative and positive numbers that fade into the page at 0."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
+    ends = [(0.0, to_rgba(low, 1.0)), (0.5, to_rgba(low, 0.0)), (0.5, to_rgba(high, 0.0)), (1.0, to_rgba(high, 1.0))]
+    return LinearSegmentedColormap.from_list("two-sided", ends)
+
+
 def spread_of(values: Iterable[float | None]) -> Point:
-    """Return limits of a log scale of colours that hold these values."""
-    found = [x for x in values if x is not None and fits(x)] or [1.0]
-    low, high = min(found), max(found)
+    """Return limits of a log scale of colours: of the values that fit, at most three decades down from the largest."""
+    found = [float(x) for x in values if x is not None and fits(x)] or [1.0]
+    low, high = max(min(found), max(found) / 1000), max(found)
     return (low, high) if high > low * 1.01 else (low / 1.5, high * 1.5)
 
 
-def named(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield names with a letter each."""
-    letters = (chr(97 + n % 26) * (1 + n // 26) for n in range(10**4))
-    return zip(names, letters, strict=False)
+def letter(n: int) -> str:
+    """Return a, b, c … and then aa, bb, cc."""
+    return chr(97 + n % 26) * (1 + n // 26)

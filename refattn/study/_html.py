@@ -1,55 +1,72 @@
-"""A table's rows for a page of HTML, and as a notebook shows them."""
+"""A table's numbers as HTML: in a notebook, and in the report."""
 
 from __future__ import annotations
 
-import html
-from typing import TYPE_CHECKING, NamedTuple
+from html import escape
+from typing import TYPE_CHECKING
 
 from refattn.study import _text
 
 if TYPE_CHECKING:
     from refattn.study._table import Row, Table
 
-
-class Group(NamedTuple):
-    """The rows of one method and variant, as cells; `wrong` says which of them are violated."""
-
-    method: str
-    reference: str
-    lines: list[list[str]]
-    wrong: list[bool]
-
-
-def blocks(table: Table) -> list[tuple[list[str], list[Group]]]:
-    """Return the headings and groups of the sweep, and of claims over the draw."""
-    return [([*headings.values()], _groups(rows, [*headings])) for headings, rows in _text.blocks(table.rows)]
-
-
-def _groups(rows: list[Row], names: list[str]) -> list[Group]:
-    found: list[Group] = []
-    for row in rows:
-        if not found or (found[-1].method, found[-1].reference) != (row.method, row.reference):
-            found.append(Group(row.method, row.reference, [], []))
-        found[-1].lines.append([_text.cell(row, name) for name in names])
-        found[-1].wrong.append(row.holds is False)
-    return found
+STYLE = """
+.refattn table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.refattn th,.refattn td{padding:.15em .6em;text-align:right;white-space:nowrap}
+.refattn th:first-child,.refattn td:first-child{text-align:left}
+.refattn tbody th{text-align:left;padding-top:.7em}
+.refattn .violated{color:#c22;font-weight:bold}
+"""
 
 
 def notebook(table: Table) -> str:
-    """Return the table as HTML that stands alone in a notebook's cell."""
-    parts = [f"<p><strong>{_said(line)}</strong></p>" for line in (table.title,) if line]
-    parts += [f"<p>{_said(line)}</p>" for line in (*table.notes, *table.violations)]
-    for headings, groups in blocks(table):
-        head = "".join(f"<th>{_said(heading)}</th>" for heading in headings)
-        body = "".join(
-            f'<tr><th colspan="{len(headings)}" style="text-align:left">{_said(group.method)}, against '
-            f"{_said(group.reference)}</th></tr>"
-            + "".join("<tr>" + "".join(f"<td>{_said(cell)}</td>" for cell in line) + "</tr>" for line in group.lines)
-            for group in groups
-        )
-        parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    return "".join(parts)
+    """Return a table with its title, notes and violations, as a notebook shows it."""
+    said = "".join(f"<p>{visible(note)}</p>" for note in table.notes)
+    failed = "".join(f'<p class="violated">{visible(one)}</p>' for one in table.violations)
+    title = f"<p><strong>{visible(table.title)}</strong></p>" if table.title else ""
+    return f'<div class="refattn"><style>{STYLE}</style>{title}{said}{numbers(table)}{failed}</div>'
 
 
-def _said(text: str) -> str:
-    return html.escape(text.encode("utf-8", "replace").decode())
+def numbers(table: Table) -> str:
+    """Return the rows as tables: one of the sweep, one of claims over the draw; each method is a group."""
+    return "".join(_table(list(headings), rows) for headings, rows in _text.blocks(table.rows))
+
+
+def _table(names: list[str], rows: list[Row]) -> str:
+    above = "".join(f'<th scope="col">{_heading(name)}</th>' for name in names)
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.method, row.reference), []).append(row)
+    bodies = "".join(
+        f'<tbody><tr><th scope="rowgroup" colspan="{len(names)}">{visible(method)}, against {visible(reference)}</th>'
+        f"</tr>{''.join(_row(row, names) for row in own)}</tbody>"
+        for (method, reference), own in groups.items()
+    )
+    return f"<table><thead><tr>{above}</tr></thead>{bodies}</table>"
+
+
+def _row(row: Row, names: list[str]) -> str:
+    cells = [_text.cell(row, name) for name in names]
+    marked = [' class="violated"' if cell == "VIOLATED" else "" for cell in cells]
+    return f"<tr>{''.join(f'<td{m}>{visible(c)}</td>' for m, c in zip(marked, cells, strict=True))}</tr>"
+
+
+def _heading(name: str) -> str:
+    text = {**_text.HEADINGS, **_text.HEADINGS_OVER_DRAWS}[name]
+    return visible(text.replace("- ", "").replace("÷", " ÷"))
+
+
+def visible(text: str) -> str:
+    """Return text for HTML: escaped, with a sign in the place of what cannot be seen or written."""
+    return escape(shown(text), quote=True)
+
+
+def shown(text: str) -> str:
+    """Return text in which line breaks and tabs are signs, and what cannot be shown is a question mark in a box."""
+    signs = {"\n": "↵", "\t": "⇥"}
+    return "".join(c if c.isprintable() else signs.get(c, "\ufffd") for c in text)
+
+
+def unbroken(name: str) -> str:
+    """Return a method's name whose options are not broken over lines, as at ``tokens=(0,)``."""
+    return name.replace("=", "=\u2060")

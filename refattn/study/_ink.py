@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from refattn.method import TABLE
+from refattn.study import _html
 
 MARKS = "os^DvP*X<ph>8d"
 """A mark for each method: colour is never the only difference."""
@@ -125,10 +126,13 @@ def svg(draw: Callable[[Any, Ink], None], prefix: str, label: str = "") -> str:
 
     It is an image named by the label, and hidden from a reader of the page's text where there is none.
     """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     with drawing(PAGE) as figure:
         draw(figure, PAGE)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        file, said = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(file, metadata=said)  # savefig would draw it twice
     text = file.getvalue()
     width = float(_found(r'\bwidth="([\d.]+)pt"', text)) * 4 / 3
     view = _found(r'\bviewBox="([^"]+)"', text)
@@ -138,7 +142,7 @@ def svg(draw: Callable[[Any, Ink], None], prefix: str, label: str = "") -> str:
     for name, sign in {**_SIGNS, **_METHOD_SIGNS}.items():
         body = body.replace(sign, f"var({name})")
     body = re.sub(r"(font: [^;\"]*?)'DejaVu Sans'[^;\"]*", r"\1var(--sans)", body)
-    said = f'role="img" aria-label="{_quoted(label)}"' if label else 'aria-hidden="true"'
+    said = f'role="img" aria-label="{_html.visible(label)}"' if label else 'aria-hidden="true"'
     body = re.sub(r">\s+<", "><", body).strip()
     return f'<svg viewBox="{view}" style="--width:{width:.4g}px" {said}>{body}</svg>'
 
@@ -157,9 +161,3 @@ def _named(body: str, prefix: str) -> str:
     body = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", body)
     body = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', body)
     return body.replace("xlink:href=", "href=")
-
-
-def _quoted(text: str) -> str:
-    import html
-
-    return html.escape(text, quote=True)

@@ -18,15 +18,21 @@ from refattn.study._target import Targets, as_dict
 def as_json(
     studies: Sequence[tuple[Table, Sequence[Worst], Sequence[Curve], Mapping[str, Sequence[str]]]],
     targets: Sequence[Targets],
+    command: str | None,
 ) -> dict[str, Any]:
     """Return what the file holds: a number that is not finite is one of the strings "inf", "-inf" and "nan"."""
-    versions = {"refattn": refattn.__version__, "numpy": np.__version__, "python": platform.python_version()}
     whole = {
-        "versions": versions,
+        "versions": versions(),
+        "command": command,
         "studies": [_study(*one) for one in studies],
         "targets": [as_dict(one) for one in targets],
     }
     return _plain(whole)
+
+
+def versions() -> dict[str, str]:
+    """Return what computed a study."""
+    return {"refattn": refattn.__version__, "numpy": np.__version__, "python": platform.python_version()}
 
 
 def _study(
