@@ -13,7 +13,7 @@ from refattn import masks, method, rounding, softmax, study
 from refattn.memory import memformer
 from refattn.method import Cost, Method, Option
 from refattn.rounding import gamma
-from refattn.study._look import Curve, Worst, assumptions, curves, equal, matrices, worst_rows
+from refattn.study._look import Curve, Worst, assumptions, curves, matrices, within, worst_rows
 from refattn.study._why import effective, why
 from refattn.testing import assert_within
 
@@ -305,16 +305,24 @@ def test_sampled_rows_are_the_rows_shown() -> None:
     assert_within(shown.exact, p, relative(Q[0], K[0]))
 
 
-# --- equal cost, what claims assume, and what is refused --------------------------------------------------------------
+# --- the best within a cost, what claims assume, and what is refused ------------------------------------------------
 
 
-def test_rows_at_equal_cost_are_the_dearest_that_are_cheap_enough(table: study.Table) -> None:
-    found = equal(table, 0.5)
+def test_the_best_within_a_cost_errs_least_of_what_is_cheap_enough(table: study.Table) -> None:
+    found = within(table, 0.5)
     assert found
     for name, row in found.items():
-        costs = [own.cost for own in table.rows if own.method == name and own.heads and own.cost <= 0.5]
-        assert row.cost == max(costs)
-    assert equal(table, 0.0) == {}
+        errors = [own.error_relative for own in table.rows if own.method == name and own.heads and own.cost <= 0.5]
+        assert row.cost <= 0.5 and row.error_relative == min(errors)
+    assert within(table, 0.0) == {}
+
+
+def test_a_dearer_budget_that_errs_more_and_an_error_that_is_nan_are_not_the_best() -> None:
+    first = study.Row("toy", "n=1", "softmax, unmasked", 0.1, 1.0, 1.0, 0.2, 0.0)
+    errors = (0.2, 0.3, float("nan"))
+    rows = [first._replace(budget=f"n={n}", cost=0.1 * n, error_relative=x) for n, x in enumerate(errors, 1)]
+    for order in (rows, rows[::-1]):
+        assert within(study.Table(order), 0.5)["toy"].budget == "n=1"
 
 
 def test_every_claim_says_what_it_assumes_of_a_statement_that_is_proved() -> None:

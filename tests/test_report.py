@@ -146,14 +146,11 @@ def study_token(token: str) -> str:
     return {"\n": "↵", "\x00": "\ufffd"}.get(token, token)
 
 
-def test_the_headline_names_the_method_that_errs_least_at_equal_cost(table: Table, page: Page) -> None:
-    within = [
-        row for row in table if row.vacuous is None and row.cost <= 0.25 and row.reference == "softmax, same mask"
-    ]
-    dearest = {row.method: max((x for x in within if x.method == row.method), key=lambda x: x.cost) for row in within}
-    best = min(dearest.values(), key=lambda row: row.error_relative)
+def test_the_headline_names_the_method_that_errs_least_within_the_cost(table: Table, page: Page) -> None:
+    cheap = [row for row in table if row.vacuous is None and row.cost <= 0.25]
+    best = min((row for row in cheap if row.reference == "softmax, same mask"), key=lambda row: row.error_relative)
     headline = page.all("h2")[0]["text"].replace("\u2060", "")
-    assert headline.startswith("At a quarter of exact attention’s cost, ")
+    assert headline.startswith("At a quarter of exact attention’s cost or less, ")
     assert best.method.replace(", ", " with ") + " errs least" in headline
 
 

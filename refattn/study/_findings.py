@@ -1,4 +1,4 @@
-"""What a report says of a table: the best at equal cost, and the closer looks that its pages and files share."""
+"""What a report says of a table: the best within a cost, and the closer looks that its pages and files share."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class Findings(NamedTuple):
     ----------
     table, cost
         The table, and the part of exact attention's cost at which methods are compared.
-    equal
-        By method and variant its dearest row within that cost, the one that errs least first; what answers another
+    within
+        By method and variant the row that errs least within that cost, the best first; what answers another
         question than the study's (no mask, or another one) comes after all that answer it.
     best
         The first of them; None where none has a finite error.
     head
         The flat index of the head whose weights are shown.
     worst, curves, assumptions
-        Worst rows of the rows at equal cost, what is drawn, and what the claims assume; empty without a run.
+        Worst rows of these rows, what is drawn, and what the claims assume; empty without a run.
     matrices
         Weights of that head: the best method's, then each other method's.
     """
 
     table: Table
     cost: float
-    equal: tuple[Row, ...]
+    within: tuple[Row, ...]
     best: Row | None
     head: int
     worst: tuple[Worst, ...]
@@ -66,17 +66,17 @@ def find(table: Table, cost: float, head: int | Sequence[int] | None = None) -> 
     shape = () if table.setting is None else table.setting.heads
     chosen = None if head is None else flat(head, shape)
     rank = {name: n for n, name in enumerate(dict.fromkeys(row.method for row in table.rows))}
-    equal = sorted(
-        _look.equal(table, cost).values(),
+    rows = sorted(
+        _look.within(table, cost).values(),
         key=lambda row: (not asked(table, row), _last(row.error_relative), rank[row.method]),
     )
-    best = next((row for row in equal if math.isfinite(row.error_relative)), None)
+    best = next((row for row in rows if math.isfinite(row.error_relative)), None)
     if chosen is None:
         errors = [] if best is None else [_first(one.error_relative) for one in best.heads]
         chosen = int(np.argmax(errors)) if errors else 0
     if table.run is None:
-        return Findings(table, cost, tuple(equal), best, chosen, (), (), (), ())
-    mine = [row for row in equal if row.heads]
+        return Findings(table, cost, tuple(rows), best, chosen, (), (), (), ())
+    mine = [row for row in rows if row.heads]
     worst = [one for row in mine for one in _look.worst_rows(table, row, 3 if row is best else 1)]
     claims = {sweep.declared.name: sweep.declared.claims for sweep in table.run.plan}
     firsts = {row.name: row for row in reversed(mine) if best is not None and row.name != best.name}
@@ -84,7 +84,7 @@ def find(table: Table, cost: float, head: int | Sequence[int] | None = None) -> 
     return Findings(
         table,
         cost,
-        tuple(equal),
+        tuple(rows),
         best,
         chosen,
         tuple(worst),

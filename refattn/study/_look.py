@@ -1,4 +1,4 @@
-"""A closer look at what a study measured: equal cost, worst rows and why, convergence of what is drawn, one head."""
+"""A closer look at a study: the best within a cost, worst rows and why, convergence of what is drawn, one head."""
 
 from __future__ import annotations
 
@@ -100,15 +100,17 @@ class Matrices(NamedTuple):
     difference: Array | None
 
 
-def equal(table: Table, cost: float = 0.25) -> dict[str, Row]:
-    """Return by method and variant its row of the largest cost that is at most `cost`, where it has one.
+def within(table: Table, cost: float = 0.25) -> dict[str, Row]:
+    """Return by method and variant the row that errs least of those that cost at most `cost`, where there is one.
 
-    Claims over the draw are no rows of their own here.
+    An error that is NaN counts as the largest. Claims over the draw are no rows of their own here.
     """
     found: dict[str, Row] = {}
     for row in table.rows:
-        if row.vacuous is None and row.cost <= cost and (row.method not in found or row.cost > found[row.method].cost):
-            found[row.method] = row
+        if row.vacuous is None and row.cost <= cost:
+            known = found.setdefault(row.method, row)
+            if row.error_relative < known.error_relative or known.error_relative != known.error_relative:
+                found[row.method] = row
     return found
 
 

@@ -35,7 +35,7 @@ def report(
 ) -> None:
     """Write ``study.html``, ``study.csv`` and ``study.json`` into a folder that is there.
 
-    The page needs no other file, no network and no script. It answers, for each table: which method errs least at equal
+    The page needs no other file, no network and no script. It answers, for each table: which method errs least within a
     cost, and by how much at most; how error falls with cost; which heads differ; what the weights of one head look
     like; on which rows a method errs most, and why; how random methods converge; what each bound assumes. The JSON is
     described by ``schema.json`` beside this module.
@@ -52,7 +52,7 @@ def report(
         The head whose weights are shown: its number, or an index for each leading axis. Unless given, the one in which
         the best method errs most.
     cost
-        The part of exact attention's cost at which methods are compared.
+        The part of exact attention's cost within which methods are compared.
     command
         The command that makes this report again.
 

@@ -41,11 +41,14 @@ class Section:
         """The answer in one sentence."""
         best, at = self.best, self.cost
         if best is None:
-            return f"No method was measured at {at} exact attention’s cost or less"
+            what = "has a finite error" if self.found.within else "was measured"
+            return f"No method {what} at {at} exact attention’s cost or less"
         proved = "" if best.bound_relative is None else f" (proved ≤ {percent(best.bound_relative)})"
         of = "the values’ spread"
         name = best.method.replace(", ", " with ", 1)
-        return f"At {at} exact attention’s cost, {name} errs least: {percent(best.error_relative)} of {of}{proved}"
+        return (
+            f"At {at} exact attention’s cost or less, {name} errs least: {percent(best.error_relative)} of {of}{proved}"
+        )
 
     @property
     def cost(self) -> str:
@@ -55,12 +58,12 @@ class Section:
 
     @property
     def legend(self) -> list[tuple[str, str, Row | None, bool]]:
-        """Each variant, best first: its line, name, row at equal cost, and whether it answers the question."""
-        equal = {row.method: row for row in self.found.equal}
-        rest = [rows[0] for rows in _figures.variants(self.rows) if rows[0].method not in equal]
+        """Each variant, best first: its line, name, best row within the cost, and whether it answers the question."""
+        best = {row.method: row for row in self.found.within}
+        rest = [rows[0] for rows in _figures.variants(self.rows) if rows[0].method not in best]
         return [
-            (self._swatch(row.method), row.method, equal.get(row.method), asked(self.table, row))
-            for row in (*self.found.equal, *rest)
+            (self._swatch(row.method), row.method, best.get(row.method), asked(self.table, row))
+            for row in (*self.found.within, *rest)
         ]
 
     def _swatch(self, method: str) -> str:
@@ -158,13 +161,13 @@ class Section:
     @property
     def several(self) -> bool:
         """Whether there are heads to tell apart."""
-        return any(len(row.heads) > 1 for row in self.found.equal)
+        return any(len(row.heads) > 1 for row in self.found.within)
 
     @property
     def winners(self) -> tuple[list[tuple[str, Row]], list[int]]:
         """The methods that err least in some head, with a letter each; and which of them does, by head, −1 for none."""
-        mine = [row for row in self.found.equal if row.heads and asked(self.table, row)]
-        mine = mine or [row for row in self.found.equal if row.heads]
+        mine = [row for row in self.found.within if row.heads and asked(self.table, row)]
+        mine = mine or [row for row in self.found.within if row.heads]
         errors = np.array([[one.error_relative for one in row.heads] for row in mine])
         errors = np.where(np.isnan(errors), np.inf, errors)
         first = [int(n) for n in np.argmin(errors, axis=0)]
@@ -175,7 +178,7 @@ class Section:
     @property
     def limits(self) -> tuple[float, float]:
         """The scale of colours that all pictures of heads share."""
-        return _figures.spread_of(one.error_relative for row in self.found.equal for one in row.heads)
+        return _figures.spread_of(one.error_relative for row in self.found.within for one in row.heads)
 
     @property
     def scale(self) -> str:
@@ -220,9 +223,9 @@ class Section:
 
     @property
     def maps(self) -> list[tuple[Row, str]]:
-        """Draw each method's error by head at equal cost."""
+        """Draw each method's error by head within the cost."""
         found: list[tuple[Row, str]] = []
-        for row in self.found.equal:
+        for row in self.found.within:
             if row.heads:
                 x = self.grid(np.array([one.error_relative for one in row.heads]))
                 room = min(1.2 / x.shape[1], 0.4)
