@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from refattn import cli, masks, rounding, softmax, study
-from refattn.sparse import longformer
+from refattn.sparse import longformer, sparse_transformer
 from refattn.study import _expression
 from refattn.testing import assert_within
 
@@ -43,6 +43,40 @@ def test_the_cheapest_window_is_the_first_of_all_that_meets_the_target() -> None
     assert_within(found.error.value, every[first[0] - 1][0], room)
 
 
+@pytest.mark.parametrize("most", [0.02, 0.05, 0.1, 0.2])
+def test_where_cost_rises_and_falls_the_cheapest_of_all_is_found(most: float) -> None:
+    found, _ = study.target(Q, K, V, target=most, mask=masks.causal(), methods=["sparse_transformer"]).rows
+    exact, spread = softmax.attend(Q, K, V, mask=masks.causal()), np.ptp(V, axis=1)[:, None, :]
+    whole = softmax.cost(24, 24, 6, 6, mask=masks.causal()).flops
+    meets: list[tuple[float, int]] = []
+    for length in range(1, 25):
+        o = sparse_transformer.attend(Q, K, V, length=length)
+        if np.sqrt((((o - exact) / spread) ** 2).mean()) <= most:
+            meets.append((sparse_transformer.cost(24, 24, 6, 6, length=length).flops / whole, length))
+    assert found.error is not None and (found.error.cost, found.error.budget) == (
+        min(meets)[0],
+        f"length={min(meets)[1]}",
+    )
+
+
+def test_no_key_beside_the_own_is_a_budget_too() -> None:
+    far = 40 * np.eye(12)
+    found, _ = study.target(far, far, V[0, :12], target=1e-3, methods=["longformer"]).rows
+    assert found.error is not None and found.bound is not None
+    assert (found.error.budget, found.bound.budget) == ("window=0", "window=0")
+
+
+def test_a_search_that_is_stopped_keeps_what_was_found() -> None:
+    def stop(done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study.target(Q, K, V, target=0.05, progress=stop)
+    answer = study.target(Q, K, V, target=0.05, progress=stop, partial=True)
+    assert answer.partial and len(answer.rows) == 1 and answer.notes[0].startswith("partial")
+
+
 def test_fewer_segments_are_cheaper_and_are_looked_at_first() -> None:
     same = np.repeat(K[:, ::2], 2, axis=1), np.repeat(V[:, ::2], 2, axis=1)
     (found,) = study.target(Q, *same, target=1e-9, methods=["pooling"]).rows
@@ -57,7 +91,7 @@ def test_what_no_budget_reaches_is_none_and_what_has_no_bound_says_so() -> None:
     cells = {line[0]: line[1:] for line in answer.lines}
     assert cells["linear_transformer"] == ("none", "—", "—", "none", "—", "—")
     assert cells["memformer"][3] == "no bound"
-    assert str(answer).startswith("toy: the cheapest budget")
+    assert str(answer).startswith("toy: the cheapest budget found")
 
 
 def test_a_method_without_a_budget_meets_a_target_or_not() -> None:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from refattn import _check, rounding
 from refattn.method import Claim
 from refattn.study._run import Run
-from refattn.study._sweep import Drawn, Sweep, claims_over, draw
+from refattn.study._some import Some
+from refattn.study._sweep import Drawn, Sweep, claims_over
 from refattn.study._table import Row, over, rms
 
 Array = NDArray[np.float64]
@@ -60,39 +61,38 @@ class Trials:
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is {delta}; expected more than 0 and less than 1")
         measured, some = len(self._inputs.rows), _check.integer("trial_rows", rows, 1)
-        self.rows = np.sort(np.random.default_rng(run.seed).choice(measured, min(some, measured), replace=False))
+        few = np.sort(np.random.default_rng(run.seed).choice(measured, min(some, measured), replace=False))
+        self._some = Some(run, self._inputs.rows[few])
         drawn = [sweep for sweep in run.plan if sweep.source == "draw"]
         self.plan = [(sweep, claim) for sweep in drawn for claim in claims_over(sweep.declared, "draw")]
         if self._inputs.sampled and self._inputs.sizes["S"] > MANY:
             left = {sweep.declared.name for sweep, _ in self.plan}
             run.left_out |= {f"{name}, over draws": f"evaluating it takes S² time a row, S > {MANY}" for name in left}
             self.plan = []
-        elements = len(self.plan) * self._inputs.heads * len(self.rows) * self._inputs.sizes["E"]
+        elements = len(self.plan) * self._inputs.heads * len(few) * self._inputs.sizes["E"]
         self._allowed = most_failures(self.trials, self.delta, elements) if elements else 0
 
     def row(self, sweep: Sweep, claim: Claim, cost: float, step: Callable[[], None]) -> Row:
         """Try one claim, and call `step` after each head."""
-        shape = self._inputs.heads, len(self.rows), self._inputs.sizes["E"]
+        inputs, some = self._inputs, self._some
+        shape = inputs.heads, len(some.at), inputs.sizes["E"]
         errors, seconds = np.zeros((self.trials, *shape)), 0.0
         bound, spread, fails, unknown, first = (np.zeros(shape) for _ in range(5))
-        for n in range(self._inputs.heads):
-            head = self._inputs.head(n)
-            bound[n] = self._bound(sweep, claim, n)
+        for n in range(inputs.heads):
+            bound[n], spread[n] = self._bound(sweep, claim, n), some.spread(sweep, n)
             judged = bound[n] != np.inf  # NaN is judged, and fails
             for trial in range(self.trials if judged.any() else 0):
-                rng = np.random.default_rng([self._run.seed, n, trial, 1])
-                problem = self._inputs.problem(sweep, n, head, draw(sweep, head, rng, self._inputs.scale))
-                exact = self._run.references.of(problem)
+                made = inputs.draw(sweep, n, np.random.default_rng([self._run.seed, n, trial, 1]))
+                problem, exact = some.problem(sweep, n, made), some.reference(sweep, n, made)
                 start = time.perf_counter()
                 o = problem.attend()
                 seconds += time.perf_counter() - start
-                error = np.abs(o - exact.o)[self.rows]
-                errors[trial, n], spread[n] = error, exact.spread
+                errors[trial, n] = error = np.abs(some.of(sweep, o) - exact.o)
                 late = judged & ~(error <= bound[n])
                 if trial and not late.any():
                     continue
-                slack = (exact.rounding + 2 * problem.rounding() + problem.claim_rounding())[self.rows]
-                slack = slack + rounding.U * error
+                own = some.of(sweep, 2 * problem.rounding() + problem.claim_rounding())
+                slack = exact.rounding + own + rounding.U * error
                 late &= ~(error <= bound[n] + slack)
                 known = np.isfinite(error) & np.isfinite(slack)
                 fails[n] += late & known
@@ -101,7 +101,7 @@ class Trials:
             step()
         judged = bound != np.inf
         row = Row(
-            method=f"{sweep.name}, over draws, δ={self.delta:g}",
+            method=f"{sweep.method}, over draws, δ={self.delta:g}",
             budget=sweep.text,
             reference=self._run.references.text(sweep.declared),
             cost=cost,
@@ -132,6 +132,7 @@ class Trials:
 
     def _bound(self, sweep: Sweep, claim: Claim, n: int) -> Array:
         """Return the claim for the chosen rows of a head, (rows, E)."""
-        problem = self._inputs.problem(sweep, n, self._inputs.head(n), Drawn({}, {}))
-        verb, asked = getattr(sweep.module, claim.verb), {"delta": self.delta, "rows": tuple(map(int, self.rows))}
-        return np.asarray(problem.call(verb, **asked), np.float64)
+        problem = self._some.problem(sweep, n, Drawn({}, {}))
+        rows = self._some.of(sweep, np.arange(len(problem.arrays["q"])))
+        verb = getattr(sweep.module, claim.verb)
+        return np.asarray(problem.call(verb, delta=self.delta, rows=tuple(map(int, rows))), np.float64)

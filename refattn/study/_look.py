@@ -12,7 +12,7 @@ from refattn import _check
 from refattn.study._compare import one_thread, silent
 from refattn.study._run import WORST, Run
 from refattn.study._some import Some
-from refattn.study._sweep import Sweep, claims_over
+from refattn.study._sweep import Sweep
 from refattn.study._table import Row, Table, over, rms
 from refattn.study._why import effective, why
 
@@ -176,7 +176,7 @@ def curves(
     found: dict[str, list[Sweep]] = {}
     for sweep in (_sweep(table, row) for row in table.rows if row.heads):
         if sweep.source == "draw" and sweep.declared.approximates == "softmax" and sweep.budget is not None:
-            found.setdefault(sweep.name, []).append(sweep)
+            found.setdefault(sweep.method, []).append(sweep)
     plan = [sorted(sweeps, key=_budget) for sweeps in found.values() if len(sweeps) > 1]
     some, total, done = Some(run, tried), len(heads) * sum(map(len, plan)), 0
     report = progress or silent
@@ -266,7 +266,7 @@ def _budget(sweep: Sweep) -> int:
 def _curve(sweeps: list[Sweep], quantiles: list[Array], draws: int) -> Curve:
     low, middle, high = (tuple(map(float, x)) for x in zip(*quantiles, strict=True))
     name = str(sweeps[0].declared.budget)
-    return Curve(sweeps[0].name, name, tuple(map(_budget, sweeps)), low, middle, high, draws)
+    return Curve(sweeps[0].method, name, tuple(map(_budget, sweeps)), low, middle, high, draws)
 
 
 def _spaced(n: int, most: int) -> NDArray[np.int64]:
@@ -281,9 +281,7 @@ def _worst(run: Run, sweep: Sweep, n: int, row: int, error: float) -> Worst:
     exact, q = some.exact(sweep, n)[0], head["q"][row]
     logits = head["k"][seen] @ q * _check.scale(run.inputs.scale, len(q))
     own = some.weights(sweep, problem)[0] if "v" in declared.linear_in else None
-    claim, bound = next(claims_over(declared, "arrays"), None), None
-    if claim is not None:
-        bound = rms(over(some.of(sweep, problem.call(getattr(sweep.module, claim.verb))), spread))
+    claim = problem.bound()
     deviation, drawn = None, 0.0
     if sweep.source == "draw":
         errors = np.stack(some.errors(sweep, n, DRAWS, row + 1))
@@ -292,12 +290,12 @@ def _worst(run: Run, sweep: Sweep, n: int, row: int, error: float) -> Worst:
     p = exact[seen]
     first = np.argsort(-p, kind="stable")[:3]
     worst = Worst(
-        method=sweep.name,
+        method=sweep.method,
         budget=sweep.text,
         head=n,
         row=row,
         error=error,
-        bound=bound,
+        bound=None if claim is None else rms(over(some.of(sweep, claim), spread)),
         dropped=None if own is None else float(exact[own == 0].sum()),
         variation=None if own is None else float(np.abs(own - exact).sum() / 2),
         span=float(np.ptp(logits)) if len(seen) else 0.0,

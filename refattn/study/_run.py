@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from refattn import rounding
 from refattn.study._exact import References
-from refattn.study._sweep import Drawn, Inputs, Problem, Sweep, chosen, claims_over, draw, sweeps
-from refattn.study._table import Head, Row, over, rms
+from refattn.study._sweep import Drawn, Inputs, Problem, Sweep, chosen, sweeps
+from refattn.study._table import Head, Row, over, rms, uncovered
 
 Array = NDArray[np.float64]
 WORST = 5
@@ -39,21 +39,27 @@ class Run:
         self.plan = [sweep for sweep in every if self._answered(sweep)]
         self._fitted: tuple[Sweep, list[Drawn]] | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is not covered."""
+        inputs = self.inputs
+        return uncovered(list(inputs.rows) if inputs.sampled else None, inputs.sizes["T"], self.left_out)
+
     def made(self, sweep: Sweep, n: int) -> Drawn:
         """Return what the method draws for head n, or what was fitted to it."""
         if sweep.source != "fit":
-            return draw(sweep, self.inputs.head(n), np.random.default_rng([self.seed, n]), self.inputs.scale)
+            return self.inputs.draw(sweep, n, np.random.default_rng([self.seed, n]))
         if self._fitted is None or self._fitted[0] is not sweep:
             self._fitted = sweep, self.inputs.fit(sweep)
         return self._fitted[1][n]
 
     def sweep(self, row: Row) -> Sweep:
         """Return the sweep of a row that this run measured."""
-        return next(sweep for sweep in self.plan if (sweep.name, sweep.text) == (row.method, row.budget))
+        return next(sweep for sweep in self.plan if (sweep.method, sweep.text) == (row.method, row.budget))
 
     def problem(self, sweep: Sweep, n: int) -> Problem:
         """Return head n of a sweep."""
-        return self.inputs.problem(sweep, n, self.inputs.head(n), self.made(sweep, n))
+        return self.inputs.problem(sweep, n, self.made(sweep, n))
 
     def cost(self, sweep: Sweep) -> float:
         """Return a sweep's cost, as a part of exact attention's; where it depends on what is drawn, head 0's."""
@@ -68,7 +74,7 @@ class Run:
 
     def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:
         """Return the row of a sweep, and call `step` after each head."""
-        inputs, claim = self.inputs, next(claims_over(sweep.declared, "arrays"), None)
+        inputs = self.inputs
         shape = inputs.heads, len(inputs.rows), inputs.sizes["E"]
         error, slack, bound, seconds = np.empty(shape), np.empty(shape), np.empty(shape), 0.0
         spread = np.empty((inputs.heads, 1, inputs.sizes["E"]))
@@ -81,46 +87,42 @@ class Run:
             exact, own = self.references.of(problem), problem.rounding()
             error[n], spread[n] = np.abs(o - exact.o), exact.spread
             slack[n] = exact.rounding + own + rounding.U * error[n]
+            claim = problem.bound()
             if claim is not None:
-                bound[n] = problem.call(getattr(sweep.module, claim.verb))
+                bound[n] = claim
                 slack[n] = slack[n] + own + problem.claim_rounding()  # õ is in the claim too
             return taken
 
-        for taken in self._by_head(sweep, one):
+        for taken in self._by_head(one):
             seconds += taken
             step()
+        claims = bound if sweep.claim is not None else None
         row = Row(
-            method=sweep.name,
+            method=sweep.method,
             budget=sweep.text,
             reference=self.references.text(sweep.declared),
             cost=cost,
             seconds=seconds,
             **_errors(error, slack, spread),
-            **({} if claim is None else _claimed(error, slack, spread, bound)),
+            **_claimed(error, slack, spread, claims),
         )
-        heads = range(inputs.heads)
-        return row._replace(
-            heads=tuple(self._head(error[n], slack[n], spread[n], bound[n], claim is not None) for n in heads)
-        )
+        each = [(error[n], slack[n], spread[n], None if claims is None else claims[n]) for n in range(inputs.heads)]
+        return row._replace(heads=tuple(self._head(*one) for one in each))
 
     def probe(self, sweep: Sweep) -> tuple[float, float | None]:
         """Return the root mean squares of error ÷ spread and of bound ÷ spread, rounding being in the error."""
-        claim = next(claims_over(sweep.declared, "arrays"), None)
 
-        def one(n: int) -> tuple[Array, Array]:
+        def one(n: int) -> tuple[Array, Array | None]:
             problem = self.problem(sweep, n)
-            exact = self.references.of(problem)
-            o = problem.attend()
-            bound = o if claim is None else np.broadcast_to(problem.call(getattr(sweep.module, claim.verb)), o.shape)
-            return over(np.abs(o - exact.o), exact.spread), over(np.abs(bound), exact.spread)
+            exact, bound = self.references.of(problem), problem.bound()
+            error = over(np.abs(problem.attend() - exact.o), exact.spread)
+            return error, None if bound is None else over(bound, exact.spread)
 
-        errors, bounds = zip(*self._by_head(sweep, one), strict=True)
-        return rms(np.stack(errors)), None if claim is None else rms(np.stack(bounds))
+        errors, bounds = zip(*self._by_head(one), strict=True)
+        return rms(np.stack(errors)), None if sweep.claim is None else rms(np.stack(bounds))
 
-    def _by_head(self, sweep: Sweep, work: Callable[[int], Any]) -> Iterator[Any]:
+    def _by_head(self, work: Callable[[int], Any]) -> Iterator[Any]:
         """Yield what the work answers of each head; long contexts are shared by two threads."""
-        if sweep.source == "fit":
-            self.made(sweep, 0)
         if not self.inputs.sampled:
             yield from map(work, range(self.inputs.heads))
             return
@@ -135,11 +137,11 @@ class Run:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _head(self, error: Array, slack: Array, spread: Array, bound: Array, claimed: bool) -> Head:
+    def _head(self, error: Array, slack: Array, spread: Array, bound: Array | None) -> Head:
         """Return what a row says of one head."""
         each = np.sqrt(np.square(over(np.where(_sure(error, slack), error, 0.0), spread)).mean(axis=1))
         worst = np.argsort(-np.where(np.isnan(each), -1.0, each), kind="stable")[:WORST]
-        found = _claimed(error, slack, spread, bound) if claimed else {}
+        found = _claimed(error, slack, spread, bound)
         errors = _errors(error, slack, spread)
         return Head(
             error_max=errors["error_max"],
@@ -156,7 +158,7 @@ class Run:
         if not sweep.declared.rowwise:
             self.left_out[sweep.declared.name] = "a row's answer depends on all rows"
         elif sweep.source == "fit":
-            self.left_out[sweep.name] = "what is fitted depends on all rows"
+            self.left_out[sweep.method] = "what is fitted depends on all rows"
         return sweep.declared.rowwise and sweep.source != "fit"
 
 
@@ -174,7 +176,9 @@ def _errors(error: Array, slack: Array, spread: Array) -> dict[str, Any]:
     }
 
 
-def _claimed(error: Array, slack: Array, spread: Array, bound: Array) -> dict[str, Any]:
+def _claimed(error: Array, slack: Array, spread: Array, bound: Array | None) -> dict[str, Any]:
+    if bound is None:
+        return {}
     known = np.isfinite(error) & np.isfinite(slack)
     sure, kept = known & (error > slack), (error <= bound + slack)[known].all()
     return {

@@ -18,8 +18,6 @@ from refattn.study._sweep import (
     Problem,
     Sweep,
     chosen,
-    claims_over,
-    draw,
     needed,
     options_of,
     sources,
@@ -150,21 +148,20 @@ def problem(name: str, seed: int, options: Mapping[str, Any]) -> tuple[Inputs, P
     points, v = example(rng)
     inputs = Inputs(points, points, v)
     sweep = _sweep(module, options, inputs.sizes)
-    head = inputs.head(0)
-    return inputs, inputs.problem(sweep, 0, head, draw(sweep, head, rng, inputs.scale))
+    return inputs, inputs.problem(sweep, 0, inputs.draw(sweep, 0, rng))
 
 
 def compute(name: str, seed: int, options: Mapping[str, Any]) -> Shown:
     """Return what `show` draws."""
     with np.errstate(all="ignore"):  # the picture shows what is not finite
         inputs, one = problem(name, seed, options)
-        declared, module, q, k, v = one.sweep.declared, one.sweep.module, *(one.arrays[name] for name in "qkv")
-        claim, references = next(claims_over(declared, "arrays"), None), References(inputs)
+        declared, q, k, v = one.sweep.declared, *(one.arrays[name] for name in "qkv")
+        bound, references = one.bound(), References(inputs)
         exact = softmax.weights(q, k, mask=references.seen(declared))
-        weights = weights_of(one)
+        weights = one.weights()
         return Shown(
             name=declared.name,
-            options=one.sweep.name,
+            options=", ".join(f"{s}={one.sweep.options[s]}" for s in options_of(declared) if s in one.sweep.options),
             causal=declared.causal,
             v=v[:, 0],
             exact=exact,
@@ -172,7 +169,7 @@ def compute(name: str, seed: int, options: Mapping[str, Any]) -> Shown:
             difference=weights - exact if "v" in declared.linear_in else None,
             o_exact=references.of(one).o[:, 0],
             o=one.attend()[:, 0],
-            bound=None if claim is None else one.call(getattr(module, claim.verb))[:, 0],
+            bound=None if bound is None else bound[:, 0],
         )
 
 
@@ -189,14 +186,7 @@ def _sweep(module: ModuleType, given: Mapping[str, Any], sizes: Mapping[str, int
         typical = known[declared.budget].values(sizes)
         budget[declared.budget] = typical[len(typical) // 2]
     options = needed(declared, sizes) | budget | dict(given)
-    text = ", ".join(f"{name}={options[name]}" for name in known if name in options)
-    return Sweep(text, module, None, options, sources(module)[0])
-
-
-def weights_of(problem: Problem) -> Array:
-    """Return the sum of the matrices that multiply v: an optional argument that is not given is v."""
-    found: Any = problem.call(problem.sweep.module.weights)
-    return np.asarray(found if isinstance(found, np.ndarray) else sum(found), np.float64)
+    return Sweep(declared.name, module, None, options, sources(module)[0])
 
 
 def figure(shown: Shown) -> Any:

@@ -23,9 +23,9 @@ Source = Literal["draw", "fit"] | None
 
 
 class Sweep(NamedTuple):
-    """One row to be: a method at one budget, with its other options and where what it draws comes from."""
+    """One row to be: a method or variant at one budget, with its options and where what it draws comes from."""
 
-    name: str
+    method: str
     module: ModuleType
     budget: tuple[str, Any] | None
     options: dict[str, Any]
@@ -35,6 +35,11 @@ class Sweep(NamedTuple):
     def declared(self) -> Method:
         """The method's declaration."""
         return self.module.METHOD
+
+    @property
+    def claim(self) -> Claim | None:
+        """What is claimed over the arrays of the method's distance from exact attention."""
+        return next(claims_over(self.declared, "arrays"), None)
 
     @property
     def text(self) -> str:
@@ -114,8 +119,19 @@ class Inputs:
             self._wide[name, flat] = np.asarray(matrix(self.arrays[name], flat), np.float64)
         return self._wide[name, flat]
 
-    def problem(self, sweep: Sweep, n: int, arrays: Mapping[str, Array], made: Drawn) -> Problem:
-        """Return problem n of a sweep, given its `head` and what was drawn for it."""
+    def draw(self, sweep: Sweep, n: int, rng: np.random.Generator) -> Drawn:
+        """Draw what the method draws for problem n; nothing where it draws nothing."""
+        if sweep.source is None:
+            return Drawn({}, {})
+        verb, options = sweep.module.draw, {"scale": self.scale} | sweep.options
+        made = verb(rng, *self.head(n).values(), **accepted(verb, options))
+        named = dict(zip(sweep.declared.drawn, made, strict=True))
+        own = {name: x for name, x in named.items() if name in sweep.declared.arrays}
+        return Drawn(own, {name: x for name, x in named.items() if name not in own})
+
+    def problem(self, sweep: Sweep, n: int, made: Drawn) -> Problem:
+        """Return problem n of a sweep, given what was drawn for it."""
+        arrays = self.head(n)
         own = {**arrays, "q": arrays["q"][self.rows] if self.sampled else arrays["q"], **made.arrays}
         options = {"scale": self.scale} | sweep.options | made.options
         return Problem(sweep, n, own, options | {"mask": self.one(self.mask(sweep.declared), n)})
@@ -171,6 +187,16 @@ class Problem(NamedTuple):
     def attend(self) -> Array:
         """Return the method's answer, (rows, E)."""
         return np.asarray(self.call(self.sweep.module.attend), np.float64)
+
+    def bound(self) -> Array | None:
+        """Return the claim over the arrays, (rows, E); None where there is none."""
+        claim, shape = self.sweep.claim, (len(self.arrays["q"]), self.arrays["v"].shape[1])
+        return None if claim is None else np.broadcast_to(self.call(getattr(self.sweep.module, claim.verb)), shape)
+
+    def weights(self) -> Array:
+        """Return the sum of the matrices that multiply v: an optional argument that is not given is v."""
+        found: Any = self.call(self.sweep.module.weights)
+        return np.asarray(found if isinstance(found, np.ndarray) else sum(found), np.float64)
 
     def rounding(self) -> Array:
         """Return how far rounding may take the answer, (rows, E)."""
@@ -231,12 +257,13 @@ def _budgets(declared: Method, sizes: Mapping[str, int], given: Sequence[Any] | 
             raise ValueError(f"budgets has {declared.name}, which has no budget")
         return [None]
     option = options_of(declared)[name]
-    for value in given or ():
+    typical = option.values(sizes)
+    if given is None:
+        return [(name, value) for value in typical]
+    for value in given:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not option.domain(value):
             raise ValueError(f"budgets: {declared.name} has {name} {value!r}; expected {option.doc}")
-    typical = option.values(sizes)
-    own = typical if given is None else sorted(set(given), reverse=typical[0] > typical[-1])
-    return [(name, value) for value in own]
+    return [(name, value) for value in sorted(set(map(int, given)), reverse=typical[0] > typical[-1])]
 
 
 def options_of(declared: Method) -> dict[str, method.Option]:
@@ -259,17 +286,6 @@ def sources(module: ModuleType) -> tuple[Source, ...]:
     if not module.METHOD.drawn:
         return (None,)
     return ("draw", "fit") if hasattr(module, "fit") else ("draw",)
-
-
-def draw(sweep: Sweep, arrays: Mapping[str, Array], rng: np.random.Generator, scale: float | None) -> Drawn:
-    """Draw what the method draws, for one head; nothing where it draws nothing."""
-    if sweep.source is None:
-        return Drawn({}, {})
-    verb = sweep.module.draw
-    made = verb(rng, *(arrays[name] for name in "qkv"), **accepted(verb, {"scale": scale} | sweep.options))
-    named = dict(zip(sweep.declared.drawn, made, strict=True))
-    own = {name: x for name, x in named.items() if name in sweep.declared.arrays}
-    return Drawn(own, {name: x for name, x in named.items() if name not in own})
 
 
 def claims_over(declared: Method, over: Literal["arrays", "draw"]) -> Iterator[Claim]:

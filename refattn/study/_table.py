@@ -135,6 +135,8 @@ class Row(NamedTuple):
         return self.method.partition(" ")[0].partition(",")[0]
 
 
+STOPPED = "partial: stopped before the end"
+"""The note of what was stopped."""
 COLUMNS = Row._fields[:-1]
 """The fields of a row that are one value each."""
 
@@ -259,13 +261,12 @@ class Table:
     @property
     def notes(self) -> tuple[str, ...]:
         """One sentence for all that the rows do not cover."""
-        rows = None if self.setting is None else self.setting.rows
-        found = ["partial: stopped before the end"] * self.partial
-        if not self.rows and self.setting is not None and self.setting.cost is not None:
-            found.append(f"nothing costs at most {self.setting.cost:g} of exact attention")
-        if self.setting is not None and rows is not None:
-            found.append(f"measured on {len(rows)} of {self.setting.sizes['T']} rows of each head")
-        return (*found, *(f"left out: {name}: {why}" for name, why in self.left_out.items()))
+        found, about = [STOPPED] * self.partial, self.setting
+        if about is None:
+            return (*found, *uncovered(None, 0, self.left_out))
+        if not self.rows and about.cost is not None:
+            found.append(f"nothing costs at most {about.cost:g} of exact attention")
+        return (*found, *uncovered(about.rows, about.sizes["T"], self.left_out))
 
     @property
     def violations(self) -> tuple[str, ...]:
@@ -284,6 +285,12 @@ def write_csv(path: str | PathLike[str], tables: Sequence[Table]) -> None:
         writer = csv.writer(file)
         writer.writerow(["input", *COLUMNS])
         writer.writerows([table.title, *row[: len(COLUMNS)]] for table in tables for row in table.rows)
+
+
+def uncovered(rows: Sequence[int] | None, T: int, left_out: Mapping[str, str]) -> tuple[str, ...]:
+    """Say what a study does not cover: rows that were not measured, None where all were, and methods left out."""
+    found = [] if rows is None else [f"measured on {len(rows)} of {T} rows of each head"]
+    return (*found, *(f"left out: {name}: {why}" for name, why in left_out.items()))
 
 
 def over(x: Array, spread: Array) -> Array:

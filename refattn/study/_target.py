@@ -1,8 +1,11 @@
-"""A budget question: the cheapest budget of each method whose error, and whose bound, is at most so much."""
+"""A budget question: the cheapest budget found of each method whose error, and whose bound, is at most so much."""
 
 from __future__ import annotations
 
+import math
+from bisect import insort
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +16,12 @@ from refattn.masks import MaskLike
 from refattn.study._compare import one_thread, silent
 from refattn.study._run import Run
 from refattn.study._sweep import Inputs, Sweep, options_of
+from refattn.study._table import STOPPED
 
 BEYOND = 8
 """How far beyond the typical budgets is looked."""
+GRID = 64
+"""How many budgets are tried at first where cost does not rise with them."""
 
 
 class Least(NamedTuple):
@@ -48,16 +54,25 @@ class Targets:
     --------
     >>> from refattn.study import Targets
     >>> print(Targets([], 0.01, "toy"))
-    toy: the cheapest budget whose error ÷ spread is at most 0.01, measured and proved
+    toy: the cheapest budget found whose error ÷ spread is at most 0.01, measured and proved
     method measured cost error proved cost bound
     """
 
     headings: tuple[str, ...] = ("method", "measured", "cost", "error", "proved", "cost", "bound")
 
-    def __init__(self, rows: Iterable[Found], target: float, title: str = "", notes: Sequence[str] = ()) -> None:
-        """Hold the rows, what was asked, of what, and what the rows do not cover."""
-        self.rows, self.target, self.notes = tuple(rows), target, tuple(notes)
-        about = f"the cheapest budget whose error ÷ spread is at most {target:g}, measured and proved"
+    def __init__(
+        self,
+        rows: Iterable[Found],
+        target: float,
+        title: str = "",
+        notes: Sequence[str] = (),
+        *,
+        partial: bool = False,
+    ) -> None:
+        """Hold the rows, what was asked, of what, what the rows do not cover, and whether the search was stopped."""
+        self.rows, self.target, self.partial = tuple(rows), target, partial
+        self.notes = (*[STOPPED] * partial, *notes)
+        about = f"the cheapest budget found whose error ÷ spread is at most {target:g}, measured and proved"
         self.title = f"{title}: {about}" if title else about
 
     @property
@@ -85,19 +100,21 @@ def target(
     rows: int | None = None,
     seed: int = 0,
     title: str = "",
+    partial: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Targets:
-    r"""Return the cheapest budget of each method whose error on these arrays, and whose bound, meets a target.
+    r"""Return the cheapest budget found of each method whose error on these arrays, and whose bound, meets a target.
 
     Error and bound are the table's: root mean squares, over all elements, of :math:`|\tilde o - o|` and of the proved
-    bound ÷ the spread of v. What is drawn is drawn once for each budget, from the seed. Budgets are doubled from the
-    cheapest (halved, where fewer is dearer), as far as they cost at most what exact attention costs and are at most 8
-    times the typical ones; then the interval below the first that meets the target is halved. So the next cheaper
-    budget does not meet it; where the error rises and falls with the budget, one still cheaper may.
+    bound ÷ the spread of v. What is drawn is drawn once for each budget, from the seed. Tried are 0, the powers of two
+    and the typical budgets, as far as they cost at most what exact attention costs and are at most 8 times the typical
+    ones; where cost does not rise with the budget, 64 in geometric steps. From the cheapest that meets the target the
+    search goes on by halving towards its cheaper neighbours. So no neighbour that is cheaper meets it; where the error
+    rises and falls with the budget, a cheaper one that was not tried may.
 
     Parameters
     ----------
-    q, k, v, mask, scale, methods, rows, seed, title, progress
+    q, k, v, mask, scale, methods, rows, seed, title, partial, progress
         As in `compare`; progress counts methods and variants.
     target : float
         The largest error ÷ spread, more than 0.
@@ -121,69 +138,104 @@ def target(
     """
     most, seed = _check.positive("target", target), _check.integer("seed", seed, 0)
     run = Run(Inputs(q, k, v, mask, scale, rows=rows, seed=seed), methods, None, seed)
-    first: dict[str, Sweep] = {}
-    for sweep in run.plan:
-        first.setdefault(sweep.name, sweep)
-    report, found = progress or silent, list[Found]()
-    report(0, len(first))
-    with np.errstate(all="ignore"), one_thread():
-        for sweep in first.values():
-            found.append(_search(run, sweep, most))
-            report(len(found), len(first))
-    inputs = run.inputs
-    some = [f"measured on {len(inputs.rows)} of {inputs.sizes['T']} rows of each head"] * inputs.sampled
-    left = (f"left out: {name}: {why}" for name, why in run.left_out.items())
-    return Targets(found, most, title, (*some, *left))
+    first = {sweep.method: sweep for sweep in reversed(run.plan)}
+    order = list(dict.fromkeys(sweep.method for sweep in run.plan))
+    report, found, stopped = progress or silent, list[Found](), False
+    report(0, len(order))
+    try:
+        with np.errstate(all="ignore"), one_thread():
+            for name in order:
+                found.append(_Search(run, first[name], most).found())
+                report(len(found), len(order))
+    except KeyboardInterrupt:
+        if not partial:
+            raise
+        stopped = True
+    return Targets(found, most, title, run.notes, partial=stopped)
 
 
-class _Tried(NamedTuple):
-    cost: float
-    error: float
-    bound: float | None
+class _Search:
+    """The search for one method or variant: what was tried, and what that cost."""
 
+    def __init__(self, run: Run, sweep: Sweep, most: float) -> None:
+        self._run, self._sweep, self._most = run, sweep, most
+        self._tried: dict[Any, tuple[float, float | None]] = {}
+        self._costs: dict[Any, float] = {}
+        name = sweep.declared.budget
+        self._option = None if name is None else options_of(sweep.declared)[name]
+        typical = () if self._option is None else self._option.values(run.inputs.sizes)
+        self._falls = bool(typical) and typical[0] > typical[-1]
+        self._known: list[Any] = [None] if self._option is None else self._affordable(self._grid(typical))
 
-def _search(run: Run, sweep: Sweep, most: float) -> Found:
-    name, claimed = sweep.declared.budget, any(c.over == "arrays" for c in sweep.declared.claims)
-    tried: dict[Any, _Tried] = {}
+    def found(self) -> Found:
+        """Return the cheapest budget whose error, and whose bound, meets the target."""
+        return Found(self._sweep.method, self._least(0), self._least(1), self._sweep.claim is not None)
 
-    def meets(budget: Any, which: str) -> bool:
-        if budget not in tried:
-            at = sweep.at(budget)
-            tried[budget] = _Tried(run.cost(at), *run.probe(at))
-        value = getattr(tried[budget], which)
-        return value is not None and value <= most
-
-    ladder = [None] if name is None else _ladder(run, sweep)
-    order = sorted(ladder, key=lambda budget: run.cost(sweep.at(budget)))
-
-    def least(which: str) -> Least | None:
-        good = next((budget for budget in order if meets(budget, which)), None)
-        if name is not None and good is not None:
-            at = ladder.index(good)
-            bad = ladder[at - 1] if at and not meets(ladder[at - 1], which) else good
-            while abs(good - bad) > 1:
-                middle = (good + bad) // 2
-                good, bad = (middle, bad) if meets(middle, which) else (good, middle)
-        if good is None and (name is not None or not meets(None, which)):
+    def _least(self, which: int) -> Least | None:
+        if which == 1 and self._sweep.claim is None:
             return None
-        one = tried[good]
-        return Least("" if name is None else f"{name}={good}", one.cost, getattr(one, which))
+        good = next((x for x in sorted(self._known, key=self._rank) if self._meets(x, which)), None)
+        if good is None and not (self._option is None and self._meets(None, which)):
+            return None
+        while (middle := self._nearer(good)) is not None:
+            insort(self._known, middle)
+            if self._meets(middle, which) and self._rank(middle) < self._rank(good):
+                good = middle
+        value = self._tried[good][which]
+        name = "" if self._option is None else f"{self._sweep.declared.budget}={good}"
+        return Least(name, self._cost(good), math.nan if value is None else value)
 
-    return Found(sweep.name, least("error"), least("bound"), claimed and sweep.declared.approximates == "softmax")
+    def _nearer(self, good: Any) -> Any:
+        """Return a budget between this and a neighbour that is cheaper; None where there is none to try."""
+        if good is None:
+            return None
+        at = self._known.index(good)
+        for near in (at - 1, at + 1):
+            if 0 <= near < len(self._known) and abs(other := self._known[near] - good) > 1:
+                middle = good + other // 2
+                if self._rank(self._known[near]) < self._rank(good) and self._allowed(middle):
+                    return middle
+        return None
 
+    def _grid(self, typical: Sequence[int]) -> list[int]:
+        """Return the budgets to try at first, ascending."""
+        last = min(BEYOND * max(typical), max(self._run.inputs.sizes["S"], *typical))
+        values = sorted({0, last, *typical, *(2**n for n in range(last.bit_length()))})
+        values = [x for x in values if self._allowed(x)]
+        costs = [self._cost(x) for x in values]
+        if costs != sorted(costs, reverse=self._falls):
+            steps = {int(x) for x in np.geomspace(max(1, values[0]), last, GRID).round()}
+            values = sorted(x for x in {*values, *steps} if self._allowed(x))
+        return values
 
-def _ladder(run: Run, sweep: Sweep) -> list[Any]:
-    """Return the budgets to try at first, by doubling, from the end where the typical ones begin."""
-    name = sweep.declared.budget or ""
-    option, sizes = options_of(sweep.declared)[name], run.inputs.sizes
-    typical = option.values(sizes)
-    last = min(BEYOND * max(typical), max(sizes["S"], *typical))
-    values = [2**n for n in range(last.bit_length())]
-    if values[-1] < last:
-        values.append(last)
-    if typical[0] > typical[-1]:
-        values.reverse()
-    return [x for x in values if option.domain(x) and run.cost(sweep.at(x)) <= 1]
+    def _affordable(self, values: list[int]) -> list[int]:
+        """Return those that cost at most what exact attention does, and the last such before one that costs more."""
+        found = {x for x in values if self._cost(x) <= 1}
+        for inside, outside in (pair for a, b in pairwise(values) for pair in ((a, b), (b, a))):
+            if inside in found and outside not in found:
+                while abs(outside - inside) > 1:
+                    middle = (inside + outside) // 2
+                    inside, outside = (middle, outside) if self._cost(middle) <= 1 else (inside, middle)
+                found.add(inside)
+        return sorted(found)
+
+    def _allowed(self, budget: int) -> bool:
+        return self._option is not None and self._option.domain(budget)
+
+    def _rank(self, budget: Any) -> tuple[float, int]:
+        """Return what orders budgets: the cost, then the budget itself, from the typical ones' first."""
+        return self._cost(budget), 0 if budget is None else -budget if self._falls else budget
+
+    def _cost(self, budget: Any) -> float:
+        if budget not in self._costs:
+            self._costs[budget] = self._run.cost(self._sweep.at(budget))
+        return self._costs[budget]
+
+    def _meets(self, budget: Any, which: int) -> bool:
+        if budget not in self._tried:
+            self._tried[budget] = self._run.probe(self._sweep.at(budget))
+        value = self._tried[budget][which]
+        return value is not None and value <= self._most
 
 
 def _cells(least: Least | None, claimed: bool) -> tuple[str, str, str]:
