@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from refattn.study import Capture, Table, Targets
@@ -84,56 +84,72 @@ def head_of(found: Mapping[str, Capture], text: str | None) -> tuple[int, ...] |
     return head
 
 
-def compared(found: Mapping[str, Capture], *, label: str, **options: Any) -> Iterator[Table]:
-    """Compare file by file, print each table, and end with the first that was stopped."""
+class Gathered(NamedTuple):
+    """What was answered and measured, and what stopped the rest: an interrupt, or something that is wrong with it."""
+
+    targets: list[Targets]
+    tables: list[Table]
+    stopped: BaseException | None
+
+
+def gather(
+    found: Mapping[str, Capture],
+    *,
+    target: float | None,
+    table: bool,
+    label: str,
+    more: Mapping[str, Any],
+    **common: Any,
+) -> Gathered:
+    """Answer the budget question and compare, file by file, and print each answer: what is done stays when it stops."""
+    import click
     import rich.console
 
     from refattn import study
+    from refattn.study._sweep import Inputs
 
-    out = rich.console.Console()
-    for name, capture in found.items():
-        table = _asked(
-            name,
-            name + label,
-            study.compare,
-            capture,
-            **options,
-            layers=capture.layers,
-            tokens=capture.tokens,
-            partial=True,
-        )
-        out.print(table, soft_wrap=True)
-        for sentence in table.violations:
-            print(f"{name}: {sentence}", file=sys.stderr)
-        yield table
-        if table.partial:
-            return
-
-
-def answered(found: Mapping[str, Capture], *, label: str, **options: Any) -> Iterator[Targets]:
-    """Answer the budget question file by file, and print each answer."""
-    import rich.console
-
-    from refattn import study
-
-    out = rich.console.Console()
-    for name, capture in found.items():
-        one = _asked(name, name + label, study.target, capture, **options)
-        out.print(str(one), soft_wrap=True, highlight=False, markup=False)
-        yield one
+    out, done = rich.console.Console(), Gathered([], [], None)
+    for name, capture in found.items():  # before any work
+        _refused(name, Inputs, *capture[:3], common["mask"], common["scale"])
+    try:
+        for name, capture in found.items() if target is not None else ():
+            answer = _asked(name, name + label, study.target, capture, target=target, **common)
+            done.targets.append(answer)
+            out.print(str(answer), soft_wrap=True, highlight=False, markup=False)
+            if answer.partial:
+                raise KeyboardInterrupt
+        for name, capture in found.items() if table else ():
+            labels = {"layers": capture.layers, "tokens": capture.tokens}
+            own = _asked(name, name + label, study.compare, capture, **labels, **more, **common)
+            done.tables.append(own)
+            out.print(own, soft_wrap=True)
+            for sentence in own.violations:
+                print(f"{name}: {sentence}", file=sys.stderr)
+            if own.partial:
+                raise KeyboardInterrupt
+    except (KeyboardInterrupt, click.UsageError) as error:
+        if not done.targets and not done.tables:
+            raise
+        return done._replace(stopped=error)
+    return done
 
 
 def _asked(name: str, title: str, verb: Callable[..., Any], capture: Capture, **options: Any) -> Any:
-    """Call a verb of the study under a progress bar; what it refuses is said of the file."""
+    """Call a verb of the study under a progress bar."""
+    with bar(title) as progress:
+        return _refused(name, verb, *capture[:3], title=title, progress=progress, partial=True, **options)
+
+
+def _refused(name: str, verb: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call something; what it refuses is said of the file."""
     import click
 
-    with bar(title) as progress:
-        try:
-            return verb(capture.q, capture.k, capture.v, title=title, progress=progress, **options)
-        except (ValueError, TypeError) as error:
-            raise click.UsageError(f"{name}: {error}") from None
-        except MemoryError as error:
-            raise click.UsageError(f"{name}: not enough memory: {error}") from None
+    try:
+        return verb(*arguments, **options)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(f"{name}: {error}") from None
+    except MemoryError as error:
+        raise click.UsageError(f"{name}: not enough memory: {error}") from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from refattn import _study_command as asked
+from refattn import _study_command as command
 from refattn._need import need
 
 if TYPE_CHECKING:
@@ -125,9 +125,13 @@ def _command() -> click.Group:
         a small capture of a released model that comes with the package is used. Ctrl-C ends it with what is done.
         """
         _need("rich", *(["matplotlib", "jinja2"] if out else []))
-        cost, own = asked.budgets_of(budgets)
+        if head is not None and not out:
+            raise click.UsageError("--head is about the report; it needs --out")
+        if budgets and target is not None and not out:
+            raise click.UsageError("--budget is about the table; leave it out with --target, or add --out")
+        cost, own = command.budgets_of(budgets)
         common: dict[str, Any] = {
-            "mask": asked.mask_of(causal, mask),
+            "mask": command.mask_of(causal, mask),
             "scale": scale,
             "methods": None if methods is None else [name.strip() for name in methods.split(",") if name.strip()],
             "rows": rows,
@@ -136,17 +140,15 @@ def _command() -> click.Group:
         }
         with warnings.catch_warnings(), _folder(out, OUTPUTS) if out else nullcontext() as scratch:
             warnings.simplefilter("ignore")  # the table says what is not finite
-            found = asked.captures(files)
-            shown = asked.head_of(found, head)
-            targets = [] if target is None else list(asked.answered(found, target=target, **common))
-            whole = target is None or out is not None
+            found = command.captures(files)
+            shown = command.head_of(found, head)
             more = {"cost": cost, "budgets": own, "trials": trials}
-            tables = list(asked.compared(found, **more, **common)) if whole else []
+            done = command.gather(found, target=target, table=target is None or bool(out), more=more, **common)
             if out and scratch:
-                _write(scratch, out, tables, targets, shown)
-        if any(table.partial for table in tables):
-            return 130
-        return 1 if any(table.violations for table in tables) else 0
+                _write(scratch, out, done.tables, done.targets, shown)
+        if done.stopped is not None:
+            raise done.stopped
+        return 1 if any(table.violations for table in done.tables) else 0
 
     @group.command()
     @click.argument("method", required=False)
@@ -257,11 +259,15 @@ def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
 def _write(
     scratch: Path, out: Path, tables: Sequence[Table], targets: Sequence[Targets], head: tuple[int, ...] | None
 ) -> None:
-    """Write the files into the scratch folder first, so that what stands in the other is whole."""
+    """Write into the scratch folder first, so that what stands in the other is whole; stopped, at least the numbers."""
     from refattn import study
 
     with _writing(out):
-        study.report(scratch, tables, targets=targets, head=head)
+        try:
+            study.report(scratch, tables, targets=targets, head=head)
+        except KeyboardInterrupt:
+            os.replace(scratch / "study.csv", out / "study.csv")
+            raise
         for name in OUTPUTS:
             os.replace(scratch / name, out / name)
 

@@ -23,7 +23,19 @@ from refattn.study._table import COLUMNS
 RNG = np.random.default_rng(11)
 Q, K, V = RNG.standard_normal((3, 2, 2, 24, 6))
 METHODS = ["longformer", "linformer", "memformer"]
-NASTY = ("<script>alert(1)</script>", "http://a//b", "\n", "$_$", '"', "&amp;", "\x00", "日")
+NASTY = (
+    "<script>alert(1)</script>",
+    "http://a//b",
+    "\n",
+    "$_$",
+    '"',
+    "&amp;",
+    "\x00",
+    "日",
+    'url(#a"b)',
+    ' id="x"',
+    "<a href='#q'>",
+)
 TOKENS = [NASTY[n] if n < len(NASTY) else f" w{n}" for n in range(24)]
 
 COMMAND = "refattn study 'a <b>'"
@@ -107,7 +119,8 @@ def test_tags_are_balanced_and_ids_are_unique(page: Page) -> None:
     ids = Counter(one["id"] for one in page.found if "id" in one)
     assert ids and max(ids.values()) == 1
     used = [one[name][1:] for one in page.found for name in ("href",) if (one.get(name) or "").startswith("#")]
-    used += [name for one in page.found for x in one.values() for name in re.findall(r"url\(#([^)]+)\)", str(x))]
+    attributes = [x for one in page.found for name, x in one.items() if name != "text"]
+    used += [name for x in attributes for name in re.findall(r"url\(#([^)]+)\)", str(x))]
     used += [one["aria-labelledby"] for one in page.found if "aria-labelledby" in one]
     assert used and set(used) <= set(ids)
 

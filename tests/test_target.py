@@ -9,7 +9,7 @@ import pytest
 
 from refattn import cli, masks, rounding, softmax, study
 from refattn.sparse import longformer, sparse_transformer
-from refattn.study import _expression
+from refattn.study import _expression, _report
 from refattn.testing import assert_within
 
 RNG = np.random.default_rng(11)
@@ -166,10 +166,27 @@ def test_a_mask_is_said_in_text(text: str, same: masks.Mask) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "causal +", "nothing", "window(1)", "window(q, 1)", "__import__('os')", "causal.__class__", "3", "-causal"],
+    [
+        "",
+        "causal +",
+        "nothing",
+        "window(1)",
+        "window(q, 1)",
+        "__import__('os')",
+        "causal.__class__",
+        "3",
+        "-causal",
+        "window(1, 0, **{})",
+    ],
 )
 def test_what_is_no_mask_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="^mask is"):
+        _expression.mask(text)
+
+
+@pytest.mark.parametrize("text", ["~" * 3000 + "causal", " | ".join(["causal"] * 3000)])
+def test_a_mask_that_is_nested_too_deep_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="^mask "):
         _expression.mask(text)
 
 
@@ -184,8 +201,8 @@ def test_what_is_no_mask_is_refused(text: str) -> None:
         (("--budget", "-1"), "cost is -1"),
         (("--rows", "0"), "rows is 0"),
         (("--target", "0"), "target is 0"),
-        (("--head", "a"), "--head is 'a'"),
-        (("--head", "0,2"), "--head is '0,2'; expected an index into the heads of the shipped sample, (2, 2)"),
+        (("--head", "0,0"), "--head is about the report; it needs --out"),
+        (("--target", "0.1", "--budget", "0.5"), "--budget is about the table; leave it out with --target"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_line(
@@ -196,6 +213,25 @@ def test_a_bad_option_is_refused_in_one_line(
     assert out == "" and said.count("\n") == 1 and said.startswith("refattn: ") and message in said
 
 
+@pytest.mark.parametrize(("head", "message"), [("a", "expected integers"), ("0,2", "the shipped sample, (2, 2)")])
+def test_a_head_that_there_is_not_is_refused_before_any_work(
+    head: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--head", head, "--out", str(tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and message in said and not (tmp_path / "out").exists()
+
+
+def test_numbers_of_numpy_are_numbers_in_the_report(tmp_path: Path) -> None:
+    budgets = {"longformer": np.array([1, 3]), "performer": np.array([4, 8])}
+    table = study.compare(
+        Q, K, V, scale=np.float32(0.5), cost=np.float32(2.0), budgets=budgets, methods=[*budgets], trials=20
+    )
+    study.report(tmp_path, [table])
+    data = json.loads((tmp_path / "study.json").read_text(encoding="utf-8"))["studies"][0]
+    assert data["setting"]["scale"] == 0.5 and data["curves"][0]["budgets"] == [4, 8]
+
+
 def test_the_command_line_answers_the_budget_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "a.npz", q=Q, k=K, v=V)
     assert run(str(tmp_path / "a.npz"), "--target", "0.05", "--methods", "longformer") == 0
@@ -203,22 +239,82 @@ def test_the_command_line_answers_the_budget_question(tmp_path: Path, capsys: py
     assert out == str(study.target(Q, K, V, target=0.05, methods=["longformer"], title=str(tmp_path / "a.npz"))) + "\n"
 
 
-def test_the_command_line_says_what_is_done_when_it_is_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    np.savez(tmp_path / "a.npz", q=Q, k=K, v=V)
-    compare = study.compare
+def capture(tmp_path: Path, name: str, **arrays: Any) -> str:
+    np.savez(tmp_path / name, **{"q": Q, "k": K, "v": V} | arrays)
+    return str(tmp_path / name)
 
-    def stopped(*arrays: Any, progress: Any, **options: Any) -> study.Table:
+
+def stopping(verb: Any, after: int) -> Any:
+    """Return the verb, interrupted at some step of its progress; by the third call at the latest at its start."""
+    calls: list[str] = []
+
+    def stopped(*arrays: Any, progress: Any, **options: Any) -> Any:
+        calls.append("")
+
         def stop(done: int, total: int) -> None:
             progress(done, total)
-            if done == 5:
+            if done == after or len(calls) > 1:
                 raise KeyboardInterrupt
 
-        return compare(*arrays, progress=stop, **options)
+        return verb(*arrays, progress=stop, **options)
 
-    monkeypatch.setattr(study, "compare", stopped)
-    files = [str(tmp_path / "a.npz")] * 2
-    assert run(*files, "--methods", "longformer", "--out", str(tmp_path / "out")) == 130
-    assert "partial" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "study.json").read_text())["studies"][0]["partial"] is True
+    return stopped
+
+
+@pytest.mark.parametrize("after", [5, 10**6])
+def test_the_command_line_keeps_what_is_done_when_it_is_stopped(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(study, "compare", stopping(study.compare, after))
+    files, out = [capture(tmp_path, name) for name in ("a.npz", "b.npz")], tmp_path / "out"
+    assert run(*files, "--methods", "longformer", "--out", str(out)) == 130
+    assert "longformer" in capsys.readouterr().out
+    studies = json.loads((out / "study.json").read_text(encoding="utf-8"))["studies"]
+    assert [one["title"] for one in studies] == files[:1]
+    assert studies[0]["partial"] == (after == 5)
+
+
+def test_a_budget_question_that_is_stopped_is_kept_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "target", stopping(study.target, 1))
+    out = tmp_path / "out"
+    assert run(capture(tmp_path, "a.npz"), "--target", "0.1", "--methods", "longformer", "--out", str(out)) == 130
+    (answer,) = json.loads((out / "study.json").read_text(encoding="utf-8"))["targets"]
+    assert answer["notes"] == ["partial: stopped before the end"] and len(answer["rows"]) == 1
+
+
+def test_a_report_that_is_stopped_leaves_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_report, "find", stopped)
+    assert run(capture(tmp_path, "a.npz"), "--methods", "longformer", "--out", str(tmp_path / "out")) == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["study.csv"]
+
+
+def test_a_later_file_that_does_not_fit_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def worked(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the study ran before its files were looked at")
+
+    monkeypatch.setattr(study, "compare", worked)
+    files = capture(tmp_path, "a.npz"), capture(tmp_path, "b.npz", k=K[..., :3])
+    assert run(*files) == 2
+    assert "b.npz: k has" in capsys.readouterr().err
+
+
+def test_what_fails_later_does_not_take_away_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compare = study.compare
+
+    def full(*arrays: Any, title: str, **options: Any) -> Any:
+        if "b.npz" in title:
+            raise MemoryError("full")
+        return compare(*arrays, title=title, **options)
+
+    monkeypatch.setattr(study, "compare", full)
+    files, out = [capture(tmp_path, name) for name in ("a.npz", "b.npz")], tmp_path / "out"
+    assert run(*files, "--methods", "longformer", "--out", str(out)) == 2
+    assert "not enough memory" in capsys.readouterr().err
+    assert len(json.loads((out / "study.json").read_text(encoding="utf-8"))["studies"]) == 1

@@ -48,6 +48,10 @@ def mask(text: str) -> Mask:
         return _mask(tree, text)
     except TypeError as error:
         raise ValueError(f"mask is {text!r}: {error}") from None
+    except RecursionError:
+        raise ValueError(
+            f"mask has {len(text)} characters; expected an expression that is not nested so deep"
+        ) from None
 
 
 def _mask(node: ast.expr, text: str) -> Mask:
@@ -60,8 +64,8 @@ def _mask(node: ast.expr, text: str) -> Mask:
             return ~_mask(inner, text)
         case ast.Name(name) if name in KNOWN:
             return KNOWN[name]()
-        case ast.Call(ast.Name(name), values, keywords) if name in KNOWN:
-            given = {word.arg: _value(word.value, text) for word in keywords if word.arg}
+        case ast.Call(ast.Name(name), values, keywords) if name in KNOWN and all(word.arg for word in keywords):
+            given = {str(word.arg): _value(word.value, text) for word in keywords}
             return KNOWN[name](*(_value(value, text) for value in values), **given)
         case _:
             part = ast.unparse(node)

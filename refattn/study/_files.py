@@ -98,7 +98,7 @@ def _safetensors(file: BinaryIO, path: str) -> Stored:
         with library.safe_open(path, "np") as whole:
             names: list[str] = whole.keys()
             metadata: dict[str, str] = whole.metadata() or {}
-    except Exception:
+    except library.SafetensorError:
         raise ValueError("the file is not in the format of safetensors, or is truncated") from None
 
     @cache  # on the first call, so that a file without q, k and v is never read

@@ -154,10 +154,14 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _named(body: str, prefix: str) -> str:
-    """Keep the ids that something refers to, under the prefix."""
-    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
-    names = {name: f"{prefix}-{n}" for n, name in enumerate(sorted(used))}
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", body)
-    body = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", body)
-    body = re.sub(r'xlink:href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', body)
-    return body.replace("xlink:href=", "href=")
+    """Keep the ids that something refers to, under the prefix; text between tags is left alone."""
+    tags = re.findall(r"<[^>]*>", body)
+    used = sorted({name for tag in tags for name in re.findall(r'(?:url\(#|href="#)([^")]+)', tag)})
+    names = {name: f"{prefix}-{n}" for n, name in enumerate(used)}
+
+    def renamed(tag: re.Match[str]) -> str:
+        text = re.sub(r' id="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", tag[0])
+        text = re.sub(r"url\(#([^)]+)\)", lambda m: f"url(#{names[m[1]]})", text)
+        return re.sub(r'xlink:href="#([^"]+)"', lambda m: f'href="#{names[m[1]]}"', text).replace("xlink:", "")
+
+    return re.sub(r"<[^>]*>", renamed, body)

@@ -65,6 +65,8 @@ def _plain(x: Any) -> Any:
         return [_plain(value) for value in x]  # pyright: ignore[reportUnknownVariableType]
     if isinstance(x, str):
         return x.encode("utf-8", "replace").decode()
+    if isinstance(x, np.generic):
+        return _plain(x.item())
     if isinstance(x, float) and not math.isfinite(x):
         return "nan" if x != x else "inf" if x > 0 else "-inf"
     return x

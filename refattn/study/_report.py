@@ -45,7 +45,7 @@ def report(
     folder
         Where the files go.
     studies
-        Tables that `compare` returned, at least one.
+        Tables that `compare` returned.
     targets
         What `refattn.study.target` answered.
     head
@@ -59,7 +59,7 @@ def report(
     Raises
     ------
     ValueError, TypeError
-        No table; a head that a table does not have; a cost that is not positive.
+        Neither table nor target; a head that a table does not have; a cost that is not positive.
     ImportError
         Without Matplotlib or Jinja2.
 
@@ -76,19 +76,19 @@ def report(
     ['study.csv', 'study.html', 'study.json']
     """
     cost = _check.positive("cost", cost)
-    if not studies:
-        raise ValueError("studies is empty; expected at least one table")
+    if not studies and not targets:
+        raise ValueError("studies is empty; expected at least one table, or targets")
     for table in studies:
         if head is not None:
             flat(head, () if table.setting is None else table.setting.heads)
     need("matplotlib", "jinja2")
-    findings = [find(table, cost, head) for table in studies]
     path = Path(folder)
+    write_csv(path / "study.csv", studies)  # first: the rest takes a while
+    findings = [find(table, cost, head) for table in studies]
     (path / "study.html").write_text(html(findings, targets, command), encoding="utf-8", newline="\n")
     looked = [(found.table, found.worst, found.curves, found.assumed) for found in findings]
     text = json.dumps(as_json(looked, targets, command), indent=1, ensure_ascii=False, allow_nan=False)
     (path / "study.json").write_text(text + "\n", encoding="utf-8", newline="\n")
-    write_csv(path / "study.csv", studies)
 
 
 def html(findings: Sequence[Findings], targets: Sequence[Targets] = (), command: str | None = None) -> str:
