@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import shlex
 import sys
 import tempfile
 import warnings
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from refattn import _study_command as command
 from refattn._need import need
+from refattn.study._report import FILES, NUMBERS
 
 if TYPE_CHECKING:
     import click
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         screen.reconfigure(errors="replace")  # not every terminal has a ÷
     try:
         given = None if arguments is None else list(arguments)
-        code = _command().main(args=given, prog_name="refattn", standalone_mode=False)
+        code = _command().main(args=given, prog_name="refattn", standalone_mode=False, obj=given or sys.argv[1:])
     except click.ClickException as error:
         print(f"refattn: {_line(error.format_message())}", file=sys.stderr)
         code = error.exit_code
@@ -105,7 +107,9 @@ def _command() -> click.Group:
     )
     @click.option("--head", metavar="N,N", help="The head whose weights the report shows.")
     @click.option("--out", type=click.Path(path_type=Path), help="Folder for study.html, study.csv and study.json.")
+    @click.pass_obj
     def study(  # pyright: ignore[reportUnusedFunction]
+        arguments: list[str],
         files: tuple[str, ...],
         causal: bool,
         mask: str | None,
@@ -138,14 +142,14 @@ def _command() -> click.Group:
             "seed": seed,
             "label": ", causal" * causal + (f", {mask}" if mask else ""),
         }
-        with warnings.catch_warnings(), _folder(out, OUTPUTS) if out else nullcontext() as scratch:
+        with warnings.catch_warnings(), _folder(out, FILES) if out else nullcontext() as scratch:
             warnings.simplefilter("ignore")  # the table says what is not finite
             found = command.captures(files)
             shown = command.head_of(found, head)
             more = {"cost": cost, "budgets": own, "trials": trials}
             done = command.gather(found, target=target, table=target is None or bool(out), more=more, **common)
             if out and scratch:
-                _write(scratch, out, done.tables, done.targets, shown)
+                _write(scratch, out, done.tables, done.targets, shown, shlex.join(["refattn", *arguments]))
         if done.stopped is not None:
             raise done.stopped
         return 1 if any(table.violations for table in done.tables) else 0
@@ -232,9 +236,6 @@ def _show(pictures: Mapping[str, Path], **options: Any) -> None:
     print(*said, sep="\n")
 
 
-OUTPUTS = ("study.html", "study.csv", "study.json")
-
-
 @contextmanager
 def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
     """Make the folder before the work, with a scratch folder in it; on failure take away every folder made."""
@@ -257,18 +258,23 @@ def _folder(out: Path, outputs: Sequence[str]) -> Generator[Path]:
 
 
 def _write(
-    scratch: Path, out: Path, tables: Sequence[Table], targets: Sequence[Targets], head: tuple[int, ...] | None
+    scratch: Path,
+    out: Path,
+    tables: Sequence[Table],
+    targets: Sequence[Targets],
+    head: tuple[int, ...] | None,
+    made_by: str,
 ) -> None:
     """Write into the scratch folder first, so that what stands in the other is whole; stopped, at least the numbers."""
     from refattn import study
 
     with _writing(out):
         try:
-            study.report(scratch, tables, targets=targets, head=head)
+            study.report(scratch, tables, targets=targets, head=head, command=made_by)
         except KeyboardInterrupt:
-            os.replace(scratch / "study.csv", out / "study.csv")
+            os.replace(scratch / NUMBERS, out / NUMBERS)
             raise
-        for name in OUTPUTS:
+        for name in FILES:
             os.replace(scratch / name, out / name)
 
 

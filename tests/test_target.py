@@ -1,6 +1,7 @@
 """The budget question, some rows alone, and what the command line is asked of them."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +270,9 @@ def test_the_command_line_keeps_what_is_done_when_it_is_stopped(
     files, out = [capture(tmp_path, name) for name in ("a.npz", "b.npz")], tmp_path / "out"
     assert run(*files, "--methods", "longformer", "--out", str(out)) == 130
     assert "longformer" in capsys.readouterr().out
-    studies = json.loads((out / "study.json").read_text(encoding="utf-8"))["studies"]
+    data = json.loads((out / "study.json").read_text(encoding="utf-8"))
+    assert data["command"] == shlex.join(["refattn", "study", *files, "--methods", "longformer", "--out", str(out)])
+    studies = data["studies"]
     assert [one["title"] for one in studies] == files[:1]
     assert studies[0]["partial"] == (after == 5)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,7 +12,7 @@ from numpy.typing import ArrayLike
 from refattn import _check
 from refattn.masks import MaskLike
 from refattn.study._draws import Trials
-from refattn.study._run import Run
+from refattn.study._run import Run, one_thread, silent
 from refattn.study._sweep import Inputs
 from refattn.study._table import Row, Setting, Table
 
@@ -94,7 +92,7 @@ def compare(
     title : str
         What the table is called.
     layers : sequence of str, optional
-        Labels of the first leading axis.
+        Labels of the first leading axis, of at least two.
     tokens : sequence of str, optional
         The keys' tokens.
     partial : bool
@@ -151,22 +149,15 @@ def compare(
         report(done, total)
 
     report(0, total)
-    found, costs, stopped = list[Row](), dict[int, float](), False
+    found, stopped = list[Row](), False
     try:
         with np.errstate(all="ignore"), one_thread():  # the table says what is not finite
-            for sweep in run.plan:
-                costs[id(sweep)] = own = run.cost(sweep)
-                if own > most:
+            for sweep, claim in [*((sweep, None) for sweep in run.plan), *claims.plan]:
+                if run.cost(sweep) > most:
                     for _ in range(inputs.heads):
                         step()
-                    continue
-                found.append(run.measure(sweep, own, step))
-            for sweep, claim in claims.plan:
-                if costs[id(sweep)] > most:
-                    for _ in range(inputs.heads):
-                        step()
-                    continue
-                found.append(claims.row(sweep, claim, costs[id(sweep)], step))
+                else:
+                    found.append(run.measure(sweep, step) if claim is None else claims.row(sweep, claim, step))
     except KeyboardInterrupt:
         if not partial:
             raise
@@ -178,20 +169,7 @@ def _labels(name: str, given: Sequence[str] | None, length: int) -> tuple[str, .
     if given is None:
         return None
     if isinstance(given, str) or len(given) != length:
-        raise ValueError(f"{name} has {len(given)} entries; expected {length}")
+        got = repr(given) if isinstance(given, str) else f"of length {len(given)}"
+        expected = f"{length} strings" if length else "None, as there are not two leading axes"
+        raise ValueError(f"{name} is {got}; expected {expected}")
     return tuple(map(str, given))
-
-
-def one_thread() -> AbstractContextManager[Any]:
-    """Keep BLAS to one thread, where threadpoolctl is there to do so.
-
-    A head's products are small: two threads gain nothing, and wait for each other where a core has other work.
-    """
-    try:
-        return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
-    except ImportError:
-        return nullcontext()
-
-
-def silent(done: int, total: int) -> None:
-    """Report nothing."""

@@ -72,7 +72,7 @@ class Trials:
         elements = len(self.plan) * self._inputs.heads * len(few) * self._inputs.sizes["E"]
         self._allowed = most_failures(self.trials, self.delta, elements) if elements else 0
 
-    def row(self, sweep: Sweep, claim: Claim, cost: float, step: Callable[[], None]) -> Row:
+    def row(self, sweep: Sweep, claim: Claim, step: Callable[[], None]) -> Row:
         """Try one claim, and call `step` after each head."""
         inputs, some = self._inputs, self._some
         shape = inputs.heads, len(some.at), inputs.sizes["E"]
@@ -104,7 +104,7 @@ class Trials:
             method=f"{sweep.method}, over draws, δ={self.delta:g}",
             budget=sweep.text,
             reference=self._run.references.text(sweep.declared),
-            cost=cost,
+            cost=self._run.cost(sweep),
             error_max=math.nan,
             error_rms=math.nan,
             error_relative=math.nan,

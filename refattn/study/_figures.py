@@ -78,7 +78,9 @@ def panel(axes: Any, rows: Sequence[Row], name: str, ink: Ink) -> None:
         if own[0].name != name:
             axes.plot(*_line(own, "error_relative", floor), color=ink.line, linewidth=0.8)
     colour, mark = ink.method(name)
-    first = sorted((row for row in mine[0] if fits(row.bound_relative) and row.error_relative >= 0), key=_cost)
+    first = sorted(
+        (row for row in mine[0] if fits(row.bound_relative) and row.error_relative >= 0), key=lambda row: row.cost
+    )
     x = [row.cost for row in first]
     low, high = ([max(getattr(row, of), floor) for row in first] for of in ("error_relative", "bound_relative"))
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -203,10 +205,6 @@ def percent(x: float | None) -> str:
 def fits(x: float | None) -> bool:
     """Return whether a log axis has a place for a number."""
     return x is not None and 0 < x < math.inf
-
-
-def _cost(row: Row) -> float:
-    return row.cost
 
 
 def _drawn(text: str) -> str:

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check
-from refattn.study._compare import one_thread, silent
-from refattn.study._run import WORST, Run
+from refattn.study._run import WORST, Run, one_thread, silent
 from refattn.study._some import Some
 from refattn.study._sweep import Sweep
 from refattn.study._table import Row, Table, over, rms

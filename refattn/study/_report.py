@@ -23,6 +23,9 @@ from refattn.study._target import Targets
 if TYPE_CHECKING:
     import jinja2
 
+PAGE, NUMBERS, DATA = FILES = "study.html", "study.csv", "study.json"
+"""The files of a report."""
+
 
 def report(
     folder: str | PathLike[str],
@@ -83,12 +86,12 @@ def report(
             flat(head, () if table.setting is None else table.setting.heads)
     need("matplotlib", "jinja2")
     path = Path(folder)
-    write_csv(path / "study.csv", studies)  # first: the rest takes a while
+    write_csv(path / NUMBERS, studies)  # first: the rest takes a while
     findings = [find(table, cost, head) for table in studies]
-    (path / "study.html").write_text(html(findings, targets, command), encoding="utf-8", newline="\n")
+    (path / PAGE).write_text(html(findings, targets, command), encoding="utf-8", newline="\n")
     looked = [(found.table, found.worst, found.curves, found.assumed) for found in findings]
     text = json.dumps(as_json(looked, targets, command), indent=1, ensure_ascii=False, allow_nan=False)
-    (path / "study.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+    (path / DATA).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def html(findings: Sequence[Findings], targets: Sequence[Targets] = (), command: str | None = None) -> str:

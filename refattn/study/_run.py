@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -37,6 +39,7 @@ class Run:
         self.left_out: dict[str, str] = {}
         every = sweeps(chosen(methods), inputs.sizes, budgets)
         self.plan = [sweep for sweep in every if self._answered(sweep)]
+        self._costs: dict[tuple[str, str], float] = {}
         self._fitted: tuple[Sweep, list[Drawn]] | None = None
 
     @property
@@ -63,16 +66,15 @@ class Run:
 
     def cost(self, sweep: Sweep) -> float:
         """Return a sweep's cost, as a part of exact attention's; where it depends on what is drawn, head 0's."""
-        inputs, nothing = self.inputs, Drawn({}, {})
-        options = set(sweep.declared.drawn) - set(sweep.declared.arrays)
-        made = self.made(sweep, 0) if options else nothing
-        if inputs.whole is not None and inputs.whole.lead:
-            flops = sum(inputs.cost(sweep, n, made) for n in range(inputs.heads))
-        else:
-            flops = inputs.heads * inputs.cost(sweep, 0, made)
-        return flops / self.inputs.exact_cost if self.inputs.exact_cost else math.nan
+        known = (sweep.method, sweep.text)
+        if known not in self._costs:
+            options = set(sweep.declared.drawn) - set(sweep.declared.arrays)
+            made, inputs = self.made(sweep, 0) if options else Drawn({}, {}), self.inputs
+            flops = inputs.over_heads(lambda n: inputs.cost(sweep, n, made))
+            self._costs[known] = flops / inputs.exact_cost if inputs.exact_cost else math.nan
+        return self._costs[known]
 
-    def measure(self, sweep: Sweep, cost: float, step: Callable[[], None]) -> Row:
+    def measure(self, sweep: Sweep, step: Callable[[], None]) -> Row:
         """Return the row of a sweep, and call `step` after each head."""
         inputs = self.inputs
         shape = inputs.heads, len(inputs.rows), inputs.sizes["E"]
@@ -101,7 +103,7 @@ class Run:
             method=sweep.method,
             budget=sweep.text,
             reference=self.references.text(sweep.declared),
-            cost=cost,
+            cost=self.cost(sweep),
             seconds=seconds,
             **_errors(error, slack, spread),
             **_claimed(error, slack, spread, claims),
@@ -160,6 +162,21 @@ class Run:
         elif sweep.source == "fit":
             self.left_out[sweep.method] = "what is fitted depends on all rows"
         return sweep.declared.rowwise and sweep.source != "fit"
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Keep BLAS to one thread, where threadpoolctl is there to do so.
+
+    A head's products are small: two threads gain nothing, and wait for each other where a core has other work.
+    """
+    try:
+        return importlib.import_module("threadpoolctl").threadpool_limits(1, user_api="blas")
+    except ImportError:
+        return nullcontext()
+
+
+def silent(done: int, total: int) -> None:
+    """Report nothing."""
 
 
 def _sure(error: Array, slack: Array) -> NDArray[np.bool_]:

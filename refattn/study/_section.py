@@ -13,6 +13,7 @@ from refattn.study import _figures, _html, _ink
 from refattn.study._figures import percent
 from refattn.study._findings import Findings, asked
 from refattn.study._look import Curve, Matrices, Worst
+from refattn.study._show import largest
 from refattn.study._table import Row
 
 Array = NDArray[np.float64]
@@ -260,12 +261,12 @@ class Section:
         tokens = self.setting.tokens if self.setting else None
         keys = [tokens[i] if tokens else str(i) for i in map(int, m.keys)] if few else list[str]()
         rows = [tokens[i] if tokens and self._same else str(i) for i in map(int, m.rows)] if few else list[str]()
-        signed, top = bool((m.weights < 0).any()), max(_largest(m.exact), _largest(m.weights))
+        signed, top = bool((m.weights < 0).any()), max(largest(m.exact), largest(m.weights))
         weights = "signed weights" if signed else "weights"
         shown: list[tuple[str, Array, float, str]] = [("exact", m.exact, top, "weights")]
         shown.append((m.method if m.difference is not None else f"{m.method}: reads", m.weights, top, weights))
         if m.difference is not None:
-            shown.append(("difference", m.difference, _largest(m.difference), "differences"))
+            shown.append(("difference", m.difference, largest(m.difference), "differences"))
 
         def drawn(x: Array, most: float, of: str) -> Callable[[Any, _ink.Ink], None]:
             def draw(figure: Any, ink: _ink.Ink) -> None:
@@ -313,8 +314,3 @@ class Section:
     def _svg(self, draw: Callable[[Any, _ink.Ink], None], label: str) -> str:
         self._drawn += 1
         return _ink.svg(draw, f"{self.prefix}-{self._drawn}", label)
-
-
-def _largest(x: Array) -> float:
-    """Return the largest absolute value that is finite, or 1 where there is none above 0."""
-    return float(np.max(np.abs(x), where=np.isfinite(x), initial=0.0)) or 1.0

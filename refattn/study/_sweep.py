@@ -145,10 +145,12 @@ class Inputs:
     @cached_property
     def exact_cost(self) -> int:
         """The floating-point operations of exact attention with the study's mask, over all heads."""
+        return self.over_heads(lambda n: softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops)
+
+    def over_heads(self, flops: Callable[[int], int]) -> int:
+        """Sum over the heads what depends on a head by its mask alone."""
         own = self.whole is not None and bool(self.whole.lead)
-        each = range(self.heads if own else 1)
-        flops = sum(softmax.cost(**self.sizes, mask=self.one(self.whole, n)).flops for n in each)
-        return flops if own else flops * self.heads
+        return sum(map(flops, range(self.heads))) if own else self.heads * flops(0)
 
     def fit(self, sweep: Sweep) -> list[Drawn]:
         """Fit what the method draws, to all heads at once, and return it head by head."""

@@ -13,8 +13,7 @@ from numpy.typing import ArrayLike
 
 from refattn import _check
 from refattn.masks import MaskLike
-from refattn.study._compare import one_thread, silent
-from refattn.study._run import Run
+from refattn.study._run import Run, one_thread, silent
 from refattn.study._sweep import Inputs, Sweep, options_of
 from refattn.study._table import STOPPED
 
@@ -160,7 +159,6 @@ class _Search:
     def __init__(self, run: Run, sweep: Sweep, most: float) -> None:
         self._run, self._sweep, self._most = run, sweep, most
         self._tried: dict[Any, tuple[float, float | None]] = {}
-        self._costs: dict[Any, float] = {}
         name = sweep.declared.budget
         self._option = None if name is None else options_of(sweep.declared)[name]
         typical = () if self._option is None else self._option.values(run.inputs.sizes)
@@ -227,9 +225,7 @@ class _Search:
         return self._cost(budget), 0 if budget is None else -budget if self._falls else budget
 
     def _cost(self, budget: Any) -> float:
-        if budget not in self._costs:
-            self._costs[budget] = self._run.cost(self._sweep.at(budget))
-        return self._costs[budget]
+        return self._run.cost(self._sweep.at(budget))
 
     def _meets(self, budget: Any, which: int) -> bool:
         if budget not in self._tried:
