@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import softmax
-from refattn.arithmetic import Arithmetic
 from refattn.bias import Table
+from refattn.lifted import Lifted
 from refattn.method import REQUIRED, Cost, Method, accepted
 
 
@@ -29,7 +29,7 @@ class Tally:
     elementwise: int = 0
 
 
-class Counted(Arithmetic):
+class Counted(Lifted):
     """Float64 values whose operations are counted, in the `tally` of a subclass that `count` makes for one run."""
 
     tally: ClassVar[Tally]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 
 _EXACT_INTEGERS = 2**53
 WEIGHTS: Any = object()
@@ -19,11 +19,11 @@ WEIGHTS: Any = object()
 def array(name: str, value: Any, axes: str) -> NDArray[Any]:
     """Return `value` as an array of real numbers with at least the named trailing axes.
 
-    An array keeps its dtype: engines decide what to compute in. An `Arithmetic` passes through, so that the
+    An array keeps its dtype: engines decide what to compute in. An `Lifted` passes through, so that the
     verbs' own code runs in it.
     """
     ndim = len(axes.split())
-    if isinstance(value, Arithmetic):
+    if isinstance(value, Lifted):
         if value.ndim != ndim:
             raise ValueError(f"{name} has shape {value.shape}; another arithmetic takes exactly ({axes})")
         return cast("NDArray[Any]", value)
@@ -51,7 +51,7 @@ def qkv(q: Any, k: Any, v: Any) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any
     """
     q = array("q", q, "T D")
     if v is WEIGHTS:
-        v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Arithmetic) else array("k", k, "S D")[..., :0]
+        v = k.lift(np.eye(k.shape[-2])) if isinstance(k, Lifted) else array("k", k, "S D")[..., :0]
     k, v = array("k", k, "S D"), array("v", v, "S E")
     if q.shape[-1] < 1:
         raise ValueError("q has depth D = 0; expected at least 1")
@@ -91,7 +91,7 @@ def sizes(*values: int) -> None:
 
 def widened(x: NDArray[Any]) -> NDArray[Any]:
     """Return an array in float64, exactly; another arithmetic as it is."""
-    return x if isinstance(x, Arithmetic) else np.asarray(x, np.float64)
+    return x if isinstance(x, Lifted) else np.asarray(x, np.float64)
 
 
 def size(name: str, got: int, expected: int, axis: str, like: str) -> None:

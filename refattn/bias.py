@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 
 
 class Bias:
@@ -127,7 +127,7 @@ def bind(bias: BiasLike, T: int, S: int) -> Bias | None:
         return None
     if isinstance(bias, Bias):
         return bias.on(T, S)
-    if isinstance(bias, Arithmetic):
+    if isinstance(bias, Lifted):
         return Table(_check.array("bias", bias, "T S")).on(T, S)
     x = _check.array("bias", bias, "")
     return Table(x.reshape((1,) * max(0, 2 - x.ndim) + x.shape)).on(T, S)

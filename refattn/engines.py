@@ -25,8 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, masks
 from refattn import bias as _bias
-from refattn.arithmetic import Arithmetic
 from refattn.heads import Leads, leads, matrix
+from refattn.lifted import Lifted
 
 Order = Literal["softcap, bias", "bias, softcap"]
 ORDERS: tuple[str, ...] = ("softcap, bias", "bias, softcap")
@@ -108,7 +108,7 @@ class Problem:
         of = self.leads.of
         pairs = None if self.pairs is None else self.pairs.take(int(of["mask"][n]))
         sink = self.sink
-        if sink is not None and not isinstance(sink, Arithmetic):
+        if sink is not None and not isinstance(sink, Lifted):
             sink = sink.reshape(-1)[of["sink"][n]]
         flat = 0 if self.bias is None else int(of["bias"][n])
         q, k, v = (matrix(x, int(of[s][n])) for s, x in (("q", self.q), ("k", self.k), ("v", self.v)))
@@ -134,7 +134,7 @@ class One:
     def bias(self, rows: NDArray[np.intp], keys: NDArray[np.intp]) -> Any:
         """Return the bias of a block, (rows, keys); a table in another arithmetic is returned whole."""
         whole = self.problem.bias
-        if isinstance(whole, _bias.Table) and isinstance(whole.array, Arithmetic):
+        if isinstance(whole, _bias.Table) and isinstance(whole.array, Lifted):
             return whole.array
         return None if whole is None else whole.block(self.bias_index, rows, keys)
 
@@ -146,7 +146,7 @@ class One:
         b = self.bias(rows, keys)
         if b is None:
             return seen
-        return seen & ~np.isneginf(b.floats() if isinstance(b, Arithmetic) else b)
+        return seen & ~np.isneginf(b.floats() if isinstance(b, Lifted) else b)
 
 
 def problem(
@@ -179,7 +179,7 @@ def problem(
         sink = _check.array("sink", sink, "")
         queries["sink"] = np.shape(sink)
     joined = leads(queries, {"k": k.shape[:-2], "v": v.shape[:-2]})
-    if isinstance(q, Arithmetic) and joined.shape:
+    if isinstance(q, Lifted) and joined.shape:
         raise ValueError(f"mask, bias or sink has leading axes {joined.shape}; another arithmetic takes one problem")
     return Problem(
         q=q, k=k, v=v, pairs=pairs, bias=bound, sink=sink, scale=scale, softcap=softcap, order=order, leads=joined

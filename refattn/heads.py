@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 
 
 class Leads(NamedTuple):
@@ -57,7 +57,7 @@ def _broadcast(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 
 def matrix(x: Any, flat: int | np.intp, axes: int = 2) -> Any:
     """Return the matrix, or what else has so many axes, at a flat index into the leading axes, as a view."""
-    return x if isinstance(x, Arithmetic) else x[np.unravel_index(flat, x.shape[: x.ndim - axes])]
+    return x if isinstance(x, Lifted) else x[np.unravel_index(flat, x.shape[: x.ndim - axes])]
 
 
 def unbroadcast(x: Any, shape: tuple[int, ...]) -> Any:

@@ -18,8 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, masks
 from refattn._mix import mix, rows_of
-from refattn.arithmetic import Arithmetic
 from refattn.heads import Leads, leads, matrix
+from refattn.lifted import Lifted
 
 CHUNK = 128
 Array = NDArray[np.float64]
@@ -93,7 +93,7 @@ def problem(
             "than the row before (none, causal, lengths, prefix and their unions)"
         )
     joined = leads({"q": q.shape[:-2], "mask": ends.shape[:-1]}, {"k": k.shape[:-2], "v": v.shape[:-2]})
-    if isinstance(q, Arithmetic) and joined.shape:
+    if isinstance(q, Lifted) and joined.shape:
         raise ValueError(f"mask has leading axes {joined.shape}; another arithmetic takes one problem")
     call = Problem(q=q, k=k, v=v, feature_map=feature_map, ends=ends, eps=float(eps), state=state, leads=joined)
     if state is not None:
@@ -108,7 +108,7 @@ def problem(
 def forward(call: Problem, backend: engines.Backend) -> tuple[Any, State]:
     """Return the output, and the state after the last key that the last row sees."""
     phi, (T, _, r, E), lead = call.feature_map.of, call.sizes, call.leads.shape
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         o = call.q.linear_forward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps)
         return o, State(None, None)
     if backend.name != "numpy":
@@ -127,7 +127,7 @@ def backward(call: Problem, do: Any, backend: engines.Backend) -> tuple[Any, Any
     (T, _, r, E), lead, of = call.sizes, call.leads.shape, call.leads.of
     do = _check.shaped("do", do, "T E", (*lead, T, E))
     phi, pull = call.feature_map.of, call.feature_map.vjp
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         to_q, to_k, dv = call.q.linear_backward(phi(call.q), phi(call.k), call.v, call.seen(), call.eps, do)
         return pull(to_q, call.q), pull(to_k, call.k), dv
     if backend.name != "numpy":

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 
 
 class Partial(NamedTuple):
@@ -87,7 +87,7 @@ def _checked(n: int, part: Partial) -> Partial:
 
 
 def _floats(name: str, value: Any, axes: str) -> NDArray[Any]:
-    if isinstance(value, Arithmetic):
+    if isinstance(value, Lifted):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an array of real numbers")
     x = _check.array(name, value, axes)
     return x.astype(np.float32 if x.dtype.kind == "f" and x.dtype.itemsize == 4 else np.float64, copy=False)

@@ -19,9 +19,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check
 from refattn._mix import mix, tiles
-from refattn.arithmetic import Arithmetic
 from refattn.bias import Bias, Table
 from refattn.engines import One
+from refattn.lifted import Lifted
 
 U = 2.0**-53
 """Unit roundoff of float64."""
@@ -59,7 +59,7 @@ def gamma(n: float, u: float = U) -> float:
     return n * u / (1 - n * u) if n * u < 1 else math.inf
 
 
-class Bounded(Arithmetic):
+class Bounded(Lifted):
     """Float64 values with a bound on how far each may be from the real number: running error analysis.
 
     `value` is what one run of the operations gave. The bound holds for every run, whatever the order of its sums, so

@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, masks
 from refattn._mix import TILE_PAIRS, mix, rows_of
-from refattn.arithmetic import Arithmetic
 from refattn.bias import Bias, BiasLike, Table
 from refattn.engines import Backend, One, Order, Problem
 from refattn.heads import matrix
+from refattn.lifted import Lifted
 from refattn.masks import MaskLike
 from refattn.method import Cost, Method, Option
 from refattn.partial import Partial
@@ -188,7 +188,7 @@ def weights(
         q, k, _check.WEIGHTS, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale
     )
     T, S, _, _ = call.sizes
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return call.q.softmax_forward(call.one(0))[0]
     p = np.zeros((*call.leads.shape, T, S))
     for n, one in enumerate(call.all()):
@@ -250,7 +250,7 @@ def vjp(
     if dlse is not None:
         dlse = _check.shaped("dlse", dlse, "T", (*call.leads.shape, T))
     chosen = engines.choose(backend, "softmax")
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return Gradients(*call.q.softmax_backward(call.one(0), do, dlse))
     if chosen.name != "numpy":
         return engines.ask("softmax", "backward", chosen, call, do, dlse)
@@ -287,7 +287,7 @@ class _Tile(NamedTuple):
 
 
 def _forward(call: Problem, backend: Backend) -> Partial:
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return Partial(*call.q.softmax_forward(call.one(0)))
     if backend.name != "numpy":
         return engines.ask("softmax", "forward", backend, call)

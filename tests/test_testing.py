@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refattn import rounding, softmax
-from refattn.arithmetic import concatenate
+from refattn.lifted import concatenate
 from refattn.rounding import Bounded, allowance, gamma
 from refattn.testing import Ball, assert_within
 from refattn.testing.ball import precision

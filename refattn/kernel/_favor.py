@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import linear
-from refattn.arithmetic import Arithmetic, concatenate
 from refattn.engines import Backend
 from refattn.heads import leads
 from refattn.kernel import _ratio, features
 from refattn.kernel._feature_map import IDENTITY
 from refattn.kernel._scale import root, scaled
 from refattn.kernel.features import EXPONENTIAL, Kind
+from refattn.lifted import Lifted, concatenate
 from refattn.rounding import Bounded
 
 Array = NDArray[np.float64]
@@ -100,7 +100,7 @@ class Head(NamedTuple):
         if not self.ends.any():
             return _nothing((self.q.shape[0], self.v.shape[1]), self.q), before, peak
         f = self.features(peak)
-        if isinstance(self.q, Arithmetic):
+        if isinstance(self.q, Lifted):
             return *linear.forward(self.problem(f), backend), f.peak
         if peak != -np.inf:
             before = _moved(before, _shift(peak) - f.shift)
@@ -184,11 +184,11 @@ class Head(NamedTuple):
 
 
 def _nothing(shape: tuple[int, ...], like: Any) -> Any:
-    return like.lift(np.zeros(shape)) if isinstance(like, Arithmetic) else np.zeros(shape)
+    return like.lift(np.zeros(shape)) if isinstance(like, Lifted) else np.zeros(shape)
 
 
 def _values(x: Any) -> Array:
-    return x.floats() if isinstance(x, Arithmetic) else x
+    return x.floats() if isinstance(x, Lifted) else x
 
 
 def _shift(c: float) -> float:
@@ -207,7 +207,7 @@ def _moved(sums: Any, by: float) -> Any:
 def _running(each: Any, ends: Ints) -> Any:
     """Return the largest of what each row sees, (T, 1), of one number a key, (S, 1); a row that sees none gets any."""
     rows = np.maximum(ends - 1, 0)
-    if not isinstance(each, Arithmetic):
+    if not isinstance(each, Lifted):
         running: Array = np.maximum.accumulate(each, axis=0)
         return running[rows]
     each = cast("Any", each)

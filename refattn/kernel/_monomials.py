@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from refattn import _check
-from refattn.arithmetic import Arithmetic, concatenate
 from refattn.kernel._feature_map import FeatureMap
 from refattn.kernel._scale import root
+from refattn.lifted import Lifted, concatenate
 
 Monomial = tuple[int, ...]
 """The variables of a monomial, ascending, each as often as its power says: x₀²x₂ is (0, 0, 2)."""
@@ -75,7 +75,7 @@ def feature_map(name: str, c: Mapping[Monomial, Fraction], scale: float | None) 
 
 
 def _like(x: Any, numbers: Any) -> Any:
-    return x.lift(numbers) if isinstance(x, Arithmetic) else numbers
+    return x.lift(numbers) if isinstance(x, Lifted) else numbers
 
 
 def _falls(c: Mapping[Monomial, Fraction], place: Mapping[Monomial, int], variable: int) -> tuple[Any, Any, Any]:

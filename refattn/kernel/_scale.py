@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 
 
 def scaled(x: Any, scale: float | None, depth: int) -> Any:
@@ -29,4 +29,4 @@ def root(scale: float | None, depth: int, like: Any) -> Any:
 
 def number(x: float, like: Any) -> Any:
     """Return a number in the arithmetic of an array."""
-    return like.lift(float(x)) if isinstance(like, Arithmetic) else float(x)
+    return like.lift(float(x)) if isinstance(like, Lifted) else float(x)

@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from refattn import _check
-from refattn.arithmetic import concatenate
 from refattn.heads import unbroadcast
 from refattn.kernel._feature_map import FeatureMap
 from refattn.kernel._scale import number, root
+from refattn.lifted import concatenate
 from refattn.rounding import Bounded
 
 Kind = Literal["positive", "hyperbolic", "trigonometric", "relu"]

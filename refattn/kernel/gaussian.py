@@ -20,11 +20,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, perturbation, softmax
 from refattn._mix import tiles
-from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend, One, Problem
 from refattn.heads import matrix
 from refattn.kernel._feature_map import FeatureMap
 from refattn.kernel._scale import number, root, scaled
+from refattn.lifted import Lifted
 from refattn.masks import MaskLike
 from refattn.method import Claim, Cost, Method
 from refattn.rounding import gamma
@@ -117,7 +117,7 @@ def weights(q: ArrayLike, k: ArrayLike, *, mask: MaskLike = None, scale: float |
     """
     call = engines.problem(q, k, _check.WEIGHTS, mask=mask, scale=scale)
     T, S, D, _ = call.sizes
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         ones: Any = call.q.lift(np.zeros((T, 1))), call.q.lift(np.zeros((S, 1)))
         return softmax.weights(*ones, bias=scaled(_distances(call.q, call.k), scale, D) / -2.0, mask=mask, scale=1.0)
     logits = np.empty((*call.leads.shape, T, S))
@@ -153,7 +153,7 @@ def vjp(
     T, S, D, E = call.sizes
     do = _check.shaped("do", do, "T E", (*call.leads.shape, T, E))
     g = softmax.vjp(do, call.q, call.k, call.v, bias=_bias(call), mask=mask, scale=scale, backend=backend)
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return Gradients(g.q, g.k - scaled(call.k * g.bias.mT, scale, D), g.v)
     to_bias = np.zeros((math.prod(call.k.shape[:-2]), S))
     np.add.at(to_bias, call.leads.of["k"], g.bias.reshape(len(call.leads.of["k"]), S))
@@ -266,7 +266,7 @@ def _bias(call: Problem) -> Any:
     k, (_, S, D, _) = _check.widened(call.k), call.sizes
     with np.errstate(over="ignore", invalid="ignore"):
         row = scaled((k * k).sum(axis=-1, keepdims=True), call.scale, D).mT / -2.0
-    if isinstance(row, Arithmetic):
+    if isinstance(row, Lifted):
         return row
     each = row.reshape(math.prod(row.shape[:-2]), 1, S)
     return _known(each[call.leads.of["k"]].reshape(*call.leads.shape, 1, S))

@@ -17,11 +17,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, linear, perturbation
-from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel import _ratio
 from refattn.kernel._feature_map import FeatureMap, elu_plus_one
+from refattn.lifted import Lifted
 from refattn.linear import State
 from refattn.masks import MaskLike, causal
 from refattn.method import Claim, Cost, Method, Option
@@ -128,7 +128,7 @@ def weights(
     array([[0.333, 0.667]])
     """
     call = linear.problem(q, k, _check.WEIGHTS, feature_map=feature_map, eps=eps, mask=mask)
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return linear.forward(call, Backend("numpy"))[0]
     T, S, _, _ = call.sizes
     p = np.zeros((*call.leads.shape, T, S))

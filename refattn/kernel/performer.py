@@ -24,7 +24,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, linear, softmax
-from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import Leads, leads, matrix
 from refattn.kernel import features as random_features
@@ -32,6 +31,7 @@ from refattn.kernel import moments
 from refattn.kernel._favor import Head, Stabilizer
 from refattn.kernel._feature_map import IDENTITY
 from refattn.kernel.features import EXPONENTIAL, Directions, Kind, Norms
+from refattn.lifted import Lifted
 from refattn.masks import MaskLike, causal
 from refattn.method import Claim, Cost, Method, Option
 from refattn.rounding import Bounded
@@ -223,7 +223,7 @@ def weights(
     array([[0.5, 0.5]])
     """
     call = _call(q, k, _check.WEIGHTS, omega, centre, kind, stabilizer, eps, mask, scale)
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return _forward(call, Backend("numpy"))[0]
     p = np.zeros((*call.leads.shape, call.q.shape[-2], call.k.shape[-2]))
     for n in range(math.prod(call.leads.shape)):
@@ -263,7 +263,7 @@ def vjp(
     backend = engines.choose(backend, "linear")
     lead, (T, E) = call.leads.shape, (call.q.shape[-2], call.v.shape[-1])
     do = _check.shaped("do", do, "T E", (*lead, T, E))
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return Gradients(*call.head(0).pull(do, backend))
     out = Gradients(*(np.zeros(getattr(call, name).shape) for name in Gradients._fields))
     for n in range(math.prod(lead)):
@@ -599,7 +599,7 @@ def _centre(q: ArrayLike, k: ArrayLike, centring: Centring) -> Array:
 
 def _forward(call: _Call, backend: Backend, state: State | None = None) -> tuple[Any, State]:
     """Return the output of all heads, and the state after the last key."""
-    if isinstance(call.q, Arithmetic):
+    if isinstance(call.q, Lifted):
         return call.head(0).forward(backend, None, -np.inf)[0], State(linear.State(None, None), None)
     lead, r, E = call.leads.shape, call.columns, call.v.shape[-1]
     o, s, z, peak = (np.zeros((*lead, *own)) for own in ((call.q.shape[-2], E), (r, E), (r,), ()))

@@ -25,13 +25,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, linear, masks, perturbation
 from refattn._mix import mix, rows_of, tiles
-from refattn.arithmetic import Arithmetic
 from refattn.engines import Backend
 from refattn.heads import matrix
 from refattn.kernel import _monomials, _ratio
 from refattn.kernel._feature_map import IDENTITY, FeatureMap
 from refattn.kernel._polynomials import as_written, kernel, log_ratio, slope
 from refattn.kernel._scale import scaled
+from refattn.lifted import Lifted
 from refattn.masks import MaskLike
 from refattn.method import Claim, Cost, Method, Option
 from refattn.rounding import Bounded
@@ -130,7 +130,7 @@ def attend(
     array([[5.]])
     """
     call = _problem(q, k, v, degree, form, mask, scale, backend)
-    if isinstance(call.at.q, Arithmetic):
+    if isinstance(call.at.q, Lifted):
         return _in_another_arithmetic(
             call, kernel(call.degree, call.form, _logits(call) * call.at.seen().astype(float))
         )
@@ -153,7 +153,7 @@ def weights(
     [[0.2, 0.8]]
     """
     call = _problem(q, k, _check.WEIGHTS, degree, form, mask, scale)
-    if isinstance(call.at.q, Arithmetic):
+    if isinstance(call.at.q, Lifted):
         return _in_another_arithmetic(
             call, as_written(call.degree, call.form, _logits(call) * call.at.seen().astype(float))
         )
@@ -193,7 +193,7 @@ def vjp(
     call = _problem(q, k, v, degree, form, mask, scale, backend)
     (T, S, D, E), lead, of = call.at.sizes, call.at.leads.shape, call.at.leads.of
     do = _check.shaped("do", do, "T E", (*lead, T, E))
-    if isinstance(call.at.q, Arithmetic):
+    if isinstance(call.at.q, Lifted):
         x, seen = call.at.q, call.at.seen()
         s = _logits(call) * seen.astype(float)
         to_kappa, _, dv = x.linear_backward(

@@ -21,10 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, perturbation, softmax
 from refattn._mix import tiles
-from refattn.arithmetic import Arithmetic, concatenate
 from refattn.blocks import Blocks
 from refattn.engines import Backend
 from refattn.heads import leads, matrix
+from refattn.lifted import Lifted, concatenate
 from refattn.method import Claim, Cost, Method, Option
 from refattn.rounding import gamma
 
@@ -306,7 +306,7 @@ def _means(x: Array, c: Ints) -> Array:
         return x
     stops = np.cumsum(c)
     starts = stops - c
-    if isinstance(x, Arithmetic):
+    if isinstance(x, Lifted):
         total = concatenate(*(x[a:b].sum(axis=0, keepdims=True) for a, b in zip(starts, stops, strict=True)))
     else:
         total = np.add.reduceat(x, starts, axis=-2)
@@ -317,7 +317,7 @@ def _logs(k: Array, c: Ints, counts: str) -> Any:
     """Return what the counts add to the logits, (1, G), in the arithmetic of the keys."""
     if counts == "ignored":
         return None
-    return np.log(type(k).lift(c[None]) if isinstance(k, Arithmetic) else c[None])
+    return np.log(type(k).lift(c[None]) if isinstance(k, Lifted) else c[None])
 
 
 def _segment(c: Ints) -> NDArray[np.intp]:

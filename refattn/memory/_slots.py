@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from refattn import _check, masks, softmax
-from refattn.arithmetic import Arithmetic, concatenate
 from refattn.engines import Backend
 from refattn.heads import unbroadcast
+from refattn.lifted import Lifted, concatenate
 from refattn.masks import Pairs
 
 
@@ -56,7 +56,7 @@ def segments(T: int, S: int, L: int) -> list[tuple[slice, slice]]:
 def first(x: Inputs) -> tuple[Any, Any]:
     """Return the memory before the first segment, with the leading axes of all that it will meet, and its lengths."""
     memory, length = direction(x.retention)
-    if isinstance(memory, Arithmetic):
+    if isinstance(memory, Lifted):
         return memory, length
     lead = np.broadcast_shapes(*(y.shape[:-2] for y in x[1:]))
     return np.broadcast_to(memory, lead + memory.shape[-2:]), length
@@ -158,7 +158,7 @@ def replay(g: Inputs, later: Any, memory: Any, keys: slice, x: Inputs, how: How,
 
 def stacked(above: Any, below: Any) -> Any:
     """Return rows under rows, in float64."""
-    if isinstance(above, Arithmetic) or isinstance(below, Arithmetic):
+    if isinstance(above, Lifted) or isinstance(below, Lifted):
         return concatenate(above, below)
     lead = np.broadcast_shapes(above.shape[:-2], below.shape[:-2])
     return np.concatenate([np.broadcast_to(_check.widened(x), lead + x.shape[-2:]) for x in (above, below)], axis=-2)
@@ -167,7 +167,7 @@ def stacked(above: Any, below: Any) -> Any:
 def direction(x: Any) -> tuple[Any, Any]:
     """Return each row divided by its length, and the length; a power of two is taken out of its squares."""
     x = _check.widened(x)
-    top = np.abs(x.floats() if isinstance(x, Arithmetic) else x).max(axis=-1, initial=0.0, keepdims=True)
+    top = np.abs(x.floats() if isinstance(x, Lifted) else x).max(axis=-1, initial=0.0, keepdims=True)
     if (top == 0).any():
         slot = np.argwhere(top == 0)[0][-2]
         raise ValueError(
@@ -186,7 +186,7 @@ def pull(dy: Any, y: Any, length: Any) -> Any:
 
 def put(whole: Any, rows: slice, part: Any) -> Any:
     """Return an array with some of its rows replaced, in place where that can be."""
-    if isinstance(part, Arithmetic):
+    if isinstance(part, Lifted):
         return concatenate(whole[: rows.start], part, whole[rows.stop :])
     whole[..., rows, :] = part
     return whole

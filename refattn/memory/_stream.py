@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from refattn import _check, masks
 from refattn._pairs import integer
-from refattn.arithmetic import Arithmetic
 from refattn.blocks import Blocks
+from refattn.lifted import Lifted
 from refattn.masks import Mask
 
 Ints = NDArray[np.int64]
@@ -59,7 +59,7 @@ class Stream:
         blocks: int = BLOCKS,
     ) -> None:
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if isinstance(x, Arithmetic):
+            if isinstance(x, Lifted):
                 raise TypeError(f"{name} is a {type(x).__name__}; expected an array of real numbers")
         q, k, v = _check.qkv(q, k, v)
         n, D, E = q.shape[-2], k.shape[-1], v.shape[-1]

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines, softmax
-from refattn.arithmetic import concatenate
 from refattn.engines import Backend
 from refattn.heads import leads
+from refattn.lifted import concatenate
 from refattn.memory import _slots
 from refattn.memory._slots import How, Inputs
 from refattn.method import Cost, Method, Option

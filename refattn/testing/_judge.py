@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check
-from refattn.arithmetic import Arithmetic
+from refattn.lifted import Lifted
 from refattn.testing.ball import Ball
 
 Array = NDArray[np.float64]
@@ -85,7 +85,7 @@ def assert_within(actual: ArrayLike, expected: ArrayLike | Ball, bound: ArrayLik
 
 def _reals(name: str, value: Any) -> Array:
     """Return real numbers that float64 holds; what it would round or leave out, an error could hide in."""
-    if isinstance(value, Arithmetic):
+    if isinstance(value, Lifted):
         raise TypeError(f"{name} is a {type(value).__name__}; expected an array of real numbers")
     return _check.array(name, value, "").astype(np.float64)
 

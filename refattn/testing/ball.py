@@ -11,9 +11,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn.arithmetic import Arithmetic
 from refattn.bias import Alibi, Table
 from refattn.engines import One
+from refattn.lifted import Lifted
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def _dual(x: Any) -> Dual:
     return x if isinstance(x, Dual) else Dual(x, _flint().arb(0))
 
 
-class Ball(Arithmetic):
+class Ball(Lifted):
     """An array of balls, each of which contains the real number that it stands for.
 
     Parameters

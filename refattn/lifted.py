@@ -1,4 +1,4 @@
-"""Arithmetics: array types that carry more than a float64 through the verbs' own code.
+"""Lifted arrays: types that carry more than a float64 through the verbs' own code.
 
 A verb that is handed such an array runs unchanged, so what it computes and how far that may be from the real number
 come from one text. There are two: `refattn.rounding.Bounded` (a value with a proved bound on its rounding error) and
@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Arithmetic(np.lib.mixins.NDArrayOperatorsMixin):
-    """Base of the arithmetics: two-dimensional arrays, without leading axes.
+class Lifted(np.lib.mixins.NDArrayOperatorsMixin):
+    """Base of these types: two-dimensional arrays, without leading axes.
 
     A subclass supplies `shape`, `floats`, `mT`, indexing, `sum`, `join` and, through `__array_ufunc__`, the ufuncs
     named in `UFUNCS`; and it supplies the engines, whose order of operations the verbs do not spell out:
@@ -91,5 +91,5 @@ def concatenate(*parts: Any, axis: int = 0) -> Any:
     >>> concatenate(np.zeros((1, 1)), np.ones((1, 1))).tolist()
     [[0.0], [1.0]]
     """
-    kind = next((type(x) for x in parts if isinstance(x, Arithmetic)), None)
+    kind = next((type(x) for x in parts if isinstance(x, Lifted)), None)
     return np.concatenate(parts, axis) if kind is None else kind.join([kind.lift(x) for x in parts], axis)
