@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -310,7 +310,7 @@ def _logits(one: One) -> Ball:
         else:
             slope, whole = 1.0, call.bias
             if isinstance(whole, Alibi):  # slope × distance is rounded in its block, the distance alone is not
-                slope, whole = whole.slopes.item(), Alibi(np.ones_like(whole.slopes), whole.position)
+                slope, whole = whole.slopes.item(), replace(whole, slopes=np.ones_like(whole.slopes))
             numbers = whole.block(0, np.arange(q.shape[0]), np.arange(k.shape[0]))
             bias = Ball.lift(np.where(np.isneginf(numbers), 0.0, numbers)) * Ball.lift(slope)
     if bias is not None and call.order == "bias, softcap":
