@@ -442,7 +442,10 @@ def test_a_forked_child_makes_its_own_threads():
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_ctrl_c_reaches_the_caller_and_drops_what_has_not_begun():
+def test_ctrl_c_reaches_the_caller_and_drops_what_has_not_begun(request):
+    # who is started in the background may have been told to ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     begun, release = [], threading.Event()
 
     def work(task):

@@ -323,7 +323,7 @@ class Meaning:
         """What decides which pairs are seen: the mask, and a bias for its −inf."""
         bias = self.options["bias"]
         table: Any = bias.array if isinstance(bias, Table) else None if isinstance(bias, Bias) else bias
-        hidden = None if table is None else np.where(np.isneginf(table), -np.inf, 0.0)
+        hidden = None if table is None else np.where(np.isneginf(np.asarray(table)), -np.inf, 0.0)
         return {"mask": self.options["mask"], "bias": hidden}
 
     def _mask(self) -> Mask | None:
