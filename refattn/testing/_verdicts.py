@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 KINDS = (
     "right",
     "unsupported",
+    "does not hold",
     "suspect",
     "wrong",
     "non-finite",
@@ -25,8 +26,8 @@ KINDS = (
     "hung",
     "crashed",
 )
-"""From the best to the worst. What follows "suspect" is a fault."""
-INNOCENT = KINDS[:3]
+"""From the best to the worst. What follows "suspect" is a fault; what "does not hold" is a property, promised by none."""
+INNOCENT = KINDS[: KINDS.index("suspect") + 1]
 TILES = (128, 64, 32, 16)
 
 
@@ -170,5 +171,3 @@ def _which(name: str, fails: NDArray[np.bool_]) -> str:
 
 def _plural(name: str) -> str:
     return name + ("es" if name == "batch" else "s")
-
-
