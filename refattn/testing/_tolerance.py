@@ -2,6 +2,7 @@ r"""How far an attention kernel of a stated arithmetic may be from the real numb
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ def tolerance(
         for n, one in enumerate(call.all()):
             to_o, to_lse = _forward(one, chosen)
             matrix(o, n)[:] = to_o
-            lse.reshape(-1, T)[n] = to_lse
+            lse.reshape(math.prod(call.leads.shape), T)[n] = to_lse
     return Tolerance(o, lse)
 
 
