@@ -93,12 +93,13 @@ def golden(
         about = {"name": one.name, "order": own.convention.order, "call": _words(call, own)}
         stem = re.sub(r"\W+", "_", one.name).strip("_")
         index["files"][stem] = {**about, "shapes": {name: list(x.shape) for name, x in numbers.items()}}
-        bits = {name: x if x.dtype.kind in "fiu" else x.view(f"u{x.itemsize}") for name, x in numbers.items()}
+        bits: dict[str, Any] = {
+            name: x if x.dtype.kind in "fiu" else x.view(f"u{x.itemsize}") for name, x in numbers.items()
+        }
         dtypes = json.dumps({name: x.dtype.name for name, x in numbers.items()})
-        np.savez(
-            folder / f"{stem}.npz", **bits, dtypes=np.array(dtypes), about=np.array(json.dumps({**notes, **about}))
-        )
-        (folder / f"{stem}.safetensors").write_bytes(save(numbers, {**notes, **about}))
+        header = json.dumps({**notes, **about}, default=str)  # in one: safetensors writes several in any order
+        np.savez(folder / f"{stem}.npz", **bits, dtypes=np.array(dtypes), about=np.array(header))
+        (folder / f"{stem}.safetensors").write_bytes(save(numbers, {"about": header}))
         written += [folder / f"{stem}.npz", folder / f"{stem}.safetensors"]
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     return [*written, folder / INDEX]
@@ -155,7 +156,8 @@ def _words(call: Call, profile: Profile) -> dict[str, Any]:
     args, named = profile.write(call)
 
     def shown(x: Any) -> Any:
-        return f"array of shape {np.shape(x)}" if isinstance(x, np.ndarray) else x
+        shape = () if isinstance(x, tuple) else np.shape(x)
+        return f"array of shape {shape}" if shape else x
 
     said = {"function": profile.function.__name__, "args": [shown(x) for x in args]}
     return {**said, **{name: shown(x) for name, x in named.items()}}
