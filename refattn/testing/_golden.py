@@ -156,7 +156,7 @@ def _words(call: Call, profile: Profile) -> dict[str, Any]:
     args, named = profile.write(call)
 
     def shown(x: Any) -> Any:
-        shape = () if isinstance(x, tuple) else np.shape(x)
+        shape = getattr(x, "shape", ())
         return f"array of shape {shape}" if shape else x
 
     said = {"function": profile.function.__name__, "args": [shown(x) for x in args]}
