@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,11 @@ from refattn import _check
 from refattn.conventions import Call, Profile, Written
 from refattn.conventions import profile as profile_of
 from refattn.engines import Unsupported
-from refattn.testing._attention import Arithmetic, arithmetic_of, judge_call
+from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._attention import judge_call
 from refattn.testing._calling import Ask, Told, leaves
-from refattn.testing._configurations import CAPABILITIES, CONFIGURATIONS, Configuration
+from refattn.testing._configurations import CAPABILITIES, CONFIGURATIONS, Configuration, ordinary
+from refattn.testing._formats import Format
 from refattn.testing._report import Report, Result
 from refattn.testing._verdicts import Verdict
 from refattn.testing._worker import Worker
@@ -99,7 +100,7 @@ def check(
     'raised'
     """
     own = profile if isinstance(profile, Profile) else profile_of(profile)
-    known = arithmetic_of("fp32" if arithmetic is None else arithmetic, np.zeros(0))
+    known = arithmetic_of("fp32" if arithmetic is None else arithmetic)
     _check.integer("seed", seed, 0)
     _check.positive("timeout", timeout)
     _named("unsupported", unsupported)
@@ -164,10 +165,9 @@ def _named(argument: str, names: Sequence[str]) -> None:
             raise ValueError(f"{argument} holds {name!r}; expected capabilities or configurations, such as {known[1]!r}")
 
 
-def format_name(x: Any) -> str:
+def dtype_of(kept: Format) -> str:
     """Return the dtype in which numbers of a format are kept."""
-    name = str(getattr(x, "name", x))
-    return {"tf32": "float32", "float8_e4m3": "float8_e4m3fn"}.get(name, name)
+    return {"tf32": "float32", "float8_e4m3": "float8_e4m3fn"}.get(kept.name, kept.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +205,7 @@ class Run:
     def call(self, one: Configuration) -> Call:
         """Return a configuration's call, in the dtype of the arithmetic's inputs."""
         rng = np.random.default_rng([self.seed, zlib.crc32(one.name.encode())])
-        return cast(one.make(rng, self.profile.convention), format_name(self.arithmetic.inputs))
+        return cast(one.make(rng, self.profile.convention), dtype_of(self.arithmetic.formats.inputs))
 
     def answer(
         self, call: Call, *, layout: str = "plain", twice: bool = False, diagnose: bool = True
@@ -232,7 +232,7 @@ class Run:
             o, lse = self.profile.read(told.returned, call)
         except (IndexError, ValueError, AttributeError, TypeError) as error:
             return Verdict("wrong shape", said=(f"what it returned cannot be read as {self.profile.name}'s: {error}",))
-        output = format_name(self.arithmetic.output)
+        output = dtype_of(self.arithmetic.formats.output)
         if getattr(o, "dtype", None) != output:
             return Verdict("wrong dtype", said=(f"o has dtype {getattr(o, 'dtype', None)}; expected {output}",))
         if lse is None and self.lse:
@@ -291,8 +291,6 @@ class Run:
 
 
 def _batched(rng: np.random.Generator) -> Call:
-    from refattn.testing._configurations import ordinary
-
     return ordinary(rng, B=3, H=4, T=37, S=100)
 
 
@@ -302,8 +300,3 @@ def _same(call: Call) -> Call:
 
 def _first(call: Call) -> Call:
     return replace(call, q=call.q[:1], k=call.k[:1], v=call.v[:1])
-
-
-def size_of(call: Call) -> float:
-    """Return how large a call is, to choose the smallest of several."""
-    return sum(math.prod(np.shape(x)) for x in (call.q, call.k, call.v))
