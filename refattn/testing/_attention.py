@@ -163,7 +163,7 @@ def judge_call(
     call: Call,
     convention: Convention,
     arithmetic: Arithmetic,
-    o: NDArray[Any],
+    o: NDArray[Any] | None,
     lse: NDArray[Any] | None = None,
     *,
     gradients: Mapping[str, NDArray[Any]] | None = None,
@@ -171,7 +171,7 @@ def judge_call(
     dlse: Any = None,
     diagnose: bool = True,
 ) -> Verdict:
-    """Judge NumPy arrays that a kernel answered to a call; see `judge`."""
+    """Judge NumPy arrays that a kernel answered to a call, those that are given; see `judge`."""
     call = _widened(call)
     meaning = call.under(convention)
     right = meaning.answer()
@@ -181,12 +181,12 @@ def judge_call(
             return refused
     if not right.o.size:
         return Verdict("right")
-    truth = _truth(meaning, right, arithmetic, o, lse)
-    answers = {"o": (o, truth.o), "lse": (lse, truth.lse)}
-    seen, parts = _keys_seen(meaning), list[Part]()
-    for name, (array, right) in answers.items():
-        if array is not None:
-            parts.append(_judged(name, np.asarray(array, np.float64), right, seen))
+    parts, notes = list[Part](), ()
+    if o is not None or lse is not None:
+        truth, notes = _truth(meaning, right, arithmetic, o, lse)
+        seen = _keys_seen(meaning)
+        given = {name: x for name, x in (("o", o), ("lse", lse)) if x is not None}
+        parts += [_judged(name, np.asarray(x, np.float64), truth[name], seen) for name, x in given.items()]
     rights = _gradients(meaning, arithmetic, gradients, do, dlse) if gradients else {}
     for name, array in (gradients or {}).items():
         right = rights[name]
@@ -197,9 +197,9 @@ def judge_call(
     kind = worst(part.kind for part in parts)
     said = [f"{part.name}: {sentence}" for part in parts for sentence in part.said]
     explained = ""
-    if diagnose and kind in ("wrong", "non-finite"):
+    if diagnose and o is not None and kind in ("wrong", "non-finite"):
         explained = _explained(call, convention, arithmetic, o, lse)
-    return Verdict(kind, tuple(parts), tuple(said), explained, truth.notes)
+    return Verdict(kind, tuple(parts), tuple(said), explained, notes)
 
 
 class _Right(NamedTuple):
@@ -211,12 +211,6 @@ class _Right(NamedTuple):
     judged: NDArray[np.bool_]
 
 
-class _Truth(NamedTuple):
-    o: _Right
-    lse: _Right
-    notes: tuple[str, ...]
-
-
 def _widened(call: Call) -> Call:
     """Return the call with q, k and v in float64, which is exact: what follows need not know other types."""
     wide = {
@@ -226,7 +220,10 @@ def _widened(call: Call) -> Call:
     return replace(call, **wide)
 
 
-def _truth(meaning: Meaning, right: Answer, arithmetic: Arithmetic, o: Any, lse: Any) -> _Truth:
+def _truth(
+    meaning: Meaning, right: Answer, arithmetic: Arithmetic, o: Any, lse: Any
+) -> tuple[dict[str, _Right], tuple[str, ...]]:
+    """Return what is right of o and of lse, and what could not be decided."""
     may = meaning.allowance(partial(tolerance, arithmetic))
     usual = meaning.allowance(partial(typical, arithmetic))
     own = meaning.allowance(partial(tolerance, "fp64"))
@@ -235,14 +232,14 @@ def _truth(meaning: Meaning, right: Answer, arithmetic: Arithmetic, o: Any, lse:
     bounds = {name: np.broadcast_to(getattr(may, name), x.shape) for name, x in values.items()}
     open_rows = {"o": meaning.convention.empty == "any", "lse": meaning.convention.empty_lse == "any"}
     notes = _sharpen(meaning, values, owns, bounds, {"o": o, "lse": lse})
-    found: list[_Right] = []
+    found: dict[str, _Right] = {}
     for name, value in values.items():
         judged = np.ones(value.shape, np.bool_)
         if open_rows[name]:
             judged = judged & ~(meaning.empty[..., None] if name == "o" else meaning.empty)
         near = np.broadcast_to(getattr(usual, name), value.shape) + owns[name]
-        found.append(_Right(value, bounds[name] + owns[name], near, judged))
-    return _Truth(found[0], found[1], notes)
+        found[name] = _Right(value, bounds[name] + owns[name], near, judged)
+    return found, notes
 
 
 def _sharpen(

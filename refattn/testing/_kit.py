@@ -23,7 +23,7 @@ from refattn.testing._formats import Format
 from refattn.testing._report import Report, Result
 from refattn.testing._verdicts import Verdict
 from refattn.testing._worker import Worker
-from refattn.testing._written import cast, cotangents, gradients
+from refattn.testing._places import cast, cotangents, gradients
 
 DRAWN = "drawn problems"
 DRAWN_SECONDS = 12.0
@@ -141,7 +141,8 @@ def check(
             from refattn.testing._drawn import draw
 
             most = 40 * (THOROUGH if thorough else 1)
-            results.append(draw(run, most, DRAWN_SECONDS * (THOROUGH if thorough else 1)))
+            seconds = DRAWN_SECONDS * (THOROUGH if thorough else 1)
+            results.append(draw(run, most, seconds, dtype_of(known.formats.inputs)))
             if progress is not None:
                 progress(len(chosen) + 1, len(chosen) + 1)
     name = fn if isinstance(fn, str) else getattr(fn, "__qualname__", repr(fn))
@@ -262,7 +263,7 @@ class Run:
             return Verdict("wrong shape", said=(f"gradients: {error}",))
         if not found:
             return Verdict("unsupported", said=("it gives no gradients",))
-        return judge_call(call, how, self.arithmetic, o, gradients=found, do=do)
+        return judge_call(call, how, self.arithmetic, None, gradients=found, do=do)
 
     def properties(self) -> Iterator[Result]:
         """Yield what is worth knowing and promised by none: whether bits depend on the call, and on the batch."""
