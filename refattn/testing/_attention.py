@@ -1,4 +1,4 @@
-"""The judge of attention: is this output right, within the bound of the arithmetic that made it?"""
+"""The judge of attention: whether an output is right, within the bound of the arithmetic that made it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import engines, softmax
+from refattn import engines
 from refattn.bias import Bias
 from refattn.conventions import Answer, Call, Convention, Meaning, profile
 from refattn.partial import Partial
 from refattn.rounding import TINY, U
+from refattn.testing._arithmetic import PRESETS, Arithmetic, arithmetic_of
 from refattn.testing._exact import exact, reach
 from refattn.testing._outside import dtype_name, framework_of, to_numpy
-from refattn.testing._arithmetic import PRESETS, Arithmetic, arithmetic_of
-from refattn.testing._standin import tolerance, typical
+from refattn.testing._standin import typical
+from refattn.testing._tolerance import tolerance
 from refattn.testing._verdicts import Part, Verdict, places, worst
 
 BY_DTYPE = {"float64": "fp64", "float32": "fp32", "float16": "fa2-fp16", "bfloat16": "fa2-bf16"}
@@ -289,7 +290,9 @@ def _gradients(meaning: Meaning, arithmetic: Arithmetic, names: Iterable[str], d
         return meaning.gradient_allowance(verb, do, dlse)
 
     right = meaning.vjp(do, dlse)
-    own, may, usual = (allowed(partial(*f)) for f in ((tolerance, "fp64"), (tolerance, arithmetic), (typical, arithmetic)))
+    own, may, usual = (
+        allowed(partial(*f)) for f in ((tolerance, "fp64"), (tolerance, arithmetic), (typical, arithmetic))
+    )
     found: dict[str, _Right] = {}
     for name in names:
         value = getattr(right, name, None)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import hypothesis
 import numpy as np
 
 from refattn.conventions import Call
 from refattn.testing import strategies
+from refattn.testing._places import cast
 from refattn.testing._report import Result
 from refattn.testing._verdicts import INNOCENT, KINDS, Verdict
-from refattn.testing._places import cast
 
 if TYPE_CHECKING:
-    from refattn.testing._kit import Run
+    from refattn.testing._run import Run
 
-NAME = "drawn problems"
+MOST, SECONDS, THOROUGH = 100, 10.0, 10
+"""Problems, seconds for them and again for shrinking one, and how much more a thorough run takes."""
 
 
 class _Guilty(Exception):
@@ -28,16 +29,14 @@ class _Enough(BaseException):
     """Time is up: passes through Hypothesis."""
 
 
-def draw(run: Run, most: int, seconds: float, dtype: str) -> Result:
+def draw(run: Run) -> Result:
     """Return the verdict on drawn problems: the worst that any has, or that on the smallest with a fault."""
-    until, began = time.monotonic() + seconds, time.monotonic()
+    from refattn.testing._run import DRAWN
+
+    more = THOROUGH if run.thorough else 1
+    most, seconds, began = MOST * more, SECONDS * more, time.monotonic()
     fault: tuple[float, Call, Verdict] | None = None
     worst, tried = Verdict("right"), 0
-    given: dict[str, Any] = {}
-    if "head sizes that 16 does not divide" in run.unsupported or "E ≠ D" in run.unsupported:
-        given["depths"] = (16, 32, 64)
-    if "grouped heads" in run.unsupported:
-        given["grouped"] = False
 
     @hypothesis.seed(run.seed)
     @hypothesis.settings(
@@ -49,12 +48,12 @@ def draw(run: Run, most: int, seconds: float, dtype: str) -> Result:
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    @hypothesis.given(strategies.problems(run.profile, **given))
+    @hypothesis.given(strategies.problems(run.profile, without=run.unsupported))
     def trial(call: Call) -> None:
         nonlocal fault, worst, tried
-        if time.monotonic() > (until if fault is None else until + seconds):
+        if time.monotonic() - began > (seconds if fault is None else 2 * seconds):
             raise _Enough
-        call = cast(call, dtype)
+        call = cast(call, run.dtype)
         verdict, _ = run.answer(call, diagnose=False)
         tried += 1
         if verdict.kind in INNOCENT:
@@ -79,4 +78,4 @@ def draw(run: Run, most: int, seconds: float, dtype: str) -> Result:
         verdict = again if again.kind == verdict.kind else verdict
     spent = f"{tried} problems were drawn in {time.monotonic() - began:.0f} s"
     verdict = Verdict(verdict.kind, verdict.parts, verdict.said, verdict.diagnosis, (*verdict.notes, spent))
-    return Result(NAME, NAME, "forward", verdict, call, run.seed)
+    return Result(DRAWN, DRAWN, "forward", verdict, call, run.seed)

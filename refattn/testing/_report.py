@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -181,7 +181,7 @@ def described(call: Call) -> str:
     'q=[[[[1.0]]]], k=[[[[1.0]]]], v=[[[[1.0]]]], causal=True'
     """
     parts: list[str] = []
-    for name in ("q", "k", "v", "causal", "window", "mask", "bias", "slopes", "sink", "scale", "softcap", "lengths", "starts"):
+    for name in (field.name for field in fields(Call)):
         x = getattr(call, name)
         if x is None or x is False:
             continue

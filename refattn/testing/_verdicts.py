@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ KINDS = (
     "hung",
     "crashed",
 )
-"""From the best to the worst. What follows "suspect" is a fault; what "does not hold" is a property, promised by none."""
+"""From the best to the worst: what follows "suspect" is a fault, and "does not hold" is said of what none promises."""
 INNOCENT = KINDS[: KINDS.index("suspect") + 1]
 TILES = (128, 64, 32, 16)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -205,13 +205,22 @@ def _differ(one: Mask, other: Mask) -> Mask:
     return one | ~other
 
 
-FEATURES = ("causal", "window", "mask", "bias", "slopes", "sink", "softcap", "lengths", "starts")
+FEATURES = {
+    "causal": "causal",
+    "window": "window",
+    "mask": "mask",
+    "bias": "bias",
+    "ALiBi": "slopes",
+    "sink": "sink",
+    "softcap": "softcap",
+    "lengths": "lengths",
+    "packed sequences": "starts",
+}
+"""What a call may ask for, by the name of the capability."""
 
 
 @st.composite
-def problems(
-    draw: st.DrawFn, profile: str | Profile, *, most: int = 24, depths: tuple[int, ...] = (), grouped: bool = True
-) -> Call:
+def problems(draw: st.DrawFn, profile: str | Profile, *, most: int = 24, without: Collection[str] = ()) -> Call:
     """Draw a call that a profile has words for: sizes, features and numbers.
 
     Parameters
@@ -220,10 +229,9 @@ def problems(
         Whose words: what it cannot say is left out.
     most
         Largest T and S.
-    depths
-        What D, which is E too, is drawn from; any two from 1 to 8 unless given.
-    grouped
-        Whether key heads may be fewer than heads.
+    without
+        Capabilities that are left out too, as the kit names them: any of `FEATURES`, "grouped heads", "scale",
+        "value head size" and "head sizes that 16 does not divide".
 
     Examples
     --------
@@ -234,16 +242,18 @@ def problems(
     own = profile if isinstance(profile, Profile) else profile_of(profile)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     kind = draw(st.sampled_from(KINDS))
-    few, group = draw(st.integers(1, 3)), draw(st.integers(1, 3)) if grouped else 1
+    few, group = draw(st.integers(1, 3)), 1 if "grouped heads" in without else draw(st.integers(1, 3))
     B, H, T, S = draw(st.integers(1, 2)), few * group, draw(st.integers(1, most)), draw(st.integers(1, most))
-    D = draw(st.sampled_from(depths)) if depths else draw(st.integers(1, 8))
-    E = D if depths else draw(st.one_of(st.just(D), st.integers(1, 8)))
+    depth = st.sampled_from((16, 32, 64)) if "head sizes that 16 does not divide" in without else st.integers(1, 8)
+    D = draw(depth)
+    E = D if "value head size" in without else draw(st.one_of(st.just(D), depth))
     call = Call(
         q=numbers(rng, (B, H, T, D), kind), k=numbers(rng, (B, few, S, D), kind), v=numbers(rng, (B, few, S, E), kind)
     )
-    call = _said(own, call, scale=draw(st.sampled_from((None, None, 0.25, 1.0))))
-    some = draw(st.lists(st.sampled_from(FEATURES), max_size=3, unique=True))
-    for feature in some:
+    if "scale" not in without:
+        call = _said(own, call, scale=draw(st.sampled_from((None, 0.25, 1.0))))
+    known = [field for capability, field in FEATURES.items() if capability not in without]
+    for feature in draw(st.lists(st.sampled_from(known), max_size=3, unique=True)) if known else ():
         call = _said(own, call, **_feature(draw, feature, rng, call, kind, own.convention.mask == "drop"))
     return call
 
