@@ -182,7 +182,7 @@ def described(call: Call) -> str:
     """
     parts: list[str] = []
     for name in (field.name for field in fields(Call)):
-        x = getattr(call, name)
+        x: Any = getattr(call, name)
         if x is None or x is False:
             continue
         if isinstance(x, np.ndarray):
