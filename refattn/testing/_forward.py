@@ -235,7 +235,7 @@ class Rows:
         self.e = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
         self.total = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
-        self.p = w / self.total
+        self.w, self.p = w, w / self.total
         self._cast()
         self._sums()
 
