@@ -96,13 +96,15 @@ class Inputs:
 
 
 class Logits(NamedTuple):
-    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way."""
+    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way.
+
+    `slope` is the softcap's, with a bound on its error.
+    """
 
     z: Array
     e: Array
     top: Array
-    slope: Array | None
-    slope_error: Array | None
+    slope: tuple[Array, Array] | None
 
 
 def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
@@ -140,7 +142,9 @@ def logits(
         if bias is not None and call.order == "softcap, bias":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
     z, e, top = (np.where(seen, x, rest) for x, rest in ((steps.z, -np.inf), (steps.e, 0.0), (steps.top, 0.0)))
-    return Logits(z, e, top, steps.slope, steps.slope_error)
+    if steps.slope is not None:
+        steps.slope = np.where(seen, steps.slope[0], 0.0), np.where(seen, steps.slope[1], 0.0)
+    return Logits(z, e, top, steps.slope)
 
 
 class _Steps:
@@ -150,8 +154,7 @@ class _Steps:
         self.z, self.e, self.top = z, e, np.abs(z)
         self.f, self.u = arithmetic.formats.scores, arithmetic.formats.scores.u
         self.stored, self.tanh = arithmetic.formats.stored_scores, 2 * arithmetic.tanh_ulp * self.u
-        self.slope: Array | None = None
-        self.slope_error: Array | None = None
+        self.slope: tuple[Array, Array] | None = None
 
     def rounding(self, u: float, tiny: float) -> None:
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
@@ -181,11 +184,11 @@ class _Steps:
         self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
         t = np.tanh(self.z / c)
         fall = np.exp(-2 * np.abs(self.z / c))
-        self.slope = 4 * fall / (1 + fall) ** 2
+        slope = 4 * fall / (1 + fall) ** 2
         # 1 − tanh²: with the logit it moves by a factor, with tanh's own error and its roundings absolutely
-        moved = self.slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
+        moved = slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
         own = 2 * self.tanh + 4 * (self.u + stored) + 2 * (self.f.tiny + tiny)
-        self.slope_error = np.minimum(moved, 1.0) + own * (1 + own)
+        self.slope = slope, np.minimum(moved, 1.0) + own * (1 + own)
         self.z = c * t
         turn = self.tanh + self.u + stored
         self.e = self.e + turn * (1 + turn) * (np.abs(self.z) + self.e) + (1 + c) * (self.f.tiny + tiny)
@@ -210,22 +213,24 @@ class Rows:
     def __init__(self, one: One, inputs: Inputs, rows: NDArray[np.intp], arithmetic: Arithmetic, moved: Array) -> None:
         self.arithmetic, self.inputs, self.moved, f = arithmetic, inputs, moved, arithmetic.formats
         self.u, keys = sizes(arithmetic), np.arange(len(inputs.k))
-        bias = one.bias(rows, keys)
-        live = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
+        bias: Array | None = one.bias(rows, keys)
+        live: Bools = np.ones((len(rows), len(keys)), np.bool_)
+        if one.pairs is not None:
+            live = one.pairs.seen(rows, keys)
         if bias is not None:
-            live = live & ~np.isneginf(bias)
+            unseen: Bools = np.isneginf(bias)
+            live = live & ~unseen
         own = logits(one, inputs, rows, live, bias, arithmetic)
         definition = logits(one, inputs.exact(), rows, live, bias, DEFINITION)
-        self.rows, self.slope, self.slope_error = rows, own.slope, own.slope_error
-        if own.slope is not None and own.slope_error is not None:
-            self.slope, self.slope_error = (np.where(live, x, 0.0) for x in (own.slope, own.slope_error))
+        self.rows, self.slope = rows, own.slope
         self.top = own.top.max(axis=1, initial=0.0)[:, None]
         z, e, e64 = own.z, own.e, definition.e
         if one.sink is not None:  # one more key, of value 0
             sink = float(one.sink)
             blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
-            z, e, e64 = (np.c_[x, np.full(len(x), own)] for x, own in ((z, sink), (e, blur), (e64, U * abs(sink))))
-            live = np.c_[live, np.full(len(live), not np.isneginf(sink))]
+            more = ((z, sink), (e, blur), (e64, U * abs(sink)))
+            z, e, e64 = (np.concatenate([x, np.full((len(rows), 1), cell)], axis=1) for x, cell in more)
+            live = np.concatenate([live, np.full((len(rows), 1), not np.isneginf(sink))], axis=1)
         self.live: Bools = live
         self.n: Array = live.sum(axis=1, keepdims=True).astype(np.float64)
         self.empty: Bools = self.n == 0
@@ -301,10 +306,11 @@ class Rows:
     def output(self) -> tuple[Array, Array]:
         """Return o of the definition and F1's E: (rows, E) each."""
         a, f, u, v, dv = self.arithmetic, self.arithmetic.formats, self.u.sums, self.inputs.v, self.inputs.dv
-        p, e, pe, G, zeta, live = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta, self.live))
+        p, e, pe, G, zeta = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta))
+        live = self.live[:, : len(v)]
         o, size = mix(p, v, live), np.abs(v)
         divided = max(u, self.u.scores) if a.normalise == "before the cast" else 0.0
-        theta = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
+        theta: Array = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
         tilt = p * np.expm1(e)
         numerator = _spans(tilt + zeta if self.common else tilt, v, o, live)
         numerator += mix(pe * theta + zeta * (G if self.common else 1 + G), size, live)
@@ -328,7 +334,7 @@ class Rows:
         return np.where(self.empty, 0.0, o), np.where(self.empty, 0.0, np.where(over, np.inf, error))
 
     def _coarse(self, o: Array, theta: Array, size: Array, dv: Array) -> Array:
-        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), and means of values."""
+        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), means of values."""
         a, live = self.arithmetic, self.live[:, : len(size)]
         high, G = _highest(size, live), self.G.max(axis=1, keepdims=True, initial=0.0)
         share, column, reach = theta.max(axis=1, keepdims=True, initial=0.0), np.zeros(self.p.shape), np.empty(o.shape)
@@ -352,15 +358,15 @@ class Rows:
         self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
         # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
         constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
-        E = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
-        E = (E + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
-        E = E * 2 if a.splits > 1 else E
+        error = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
+        error = (error + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
+        error = error * 2 if a.splits > 1 else error
         if f.lse.bits < f.accumulate.bits or f.lse.least > f.accumulate.least:
-            E = E + f.lse.u * (lse + E) + f.lse.tiny
+            error = error + f.lse.u * (lse + error) + f.lse.tiny
         high = np.exp(self.em + a.lazy)
         over = (self.top > f.scores.largest) | (self.total * self.up * high > f.accumulate.largest)
-        over = over | (lse + E > f.lse.largest) | np.isnan(E)
-        return np.where(self.empty, 0.0, np.where(over, np.inf, E))[:, 0]
+        over = over | (lse + error > f.lse.largest) | np.isnan(error)
+        return np.where(self.empty, 0.0, np.where(over, np.inf, error))[:, 0]
 
 
 def _spans(tilted: Array, v: Array, o: Array, live: Bools) -> Array:

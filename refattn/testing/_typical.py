@@ -99,7 +99,7 @@ class _Typical:
     def __init__(self, state: Rows, one: One, odds: float) -> None:
         self.state, self.odds, self.n_keys = state, odds, len(state.inputs.v)
         inputs, u = state.inputs, state.u
-        self.live, self.p = (x[:, : self.n_keys] for x in (state.live, state.p))
+        self.live, self.p = state.live[:, : self.n_keys], state.p[:, : self.n_keys]
         D, self.sigma = one.problem.sizes[2], abs(one.problem.multiplier)
         q, k, self.dq, dk = np.abs(inputs.q[state.rows]), np.abs(inputs.k), inputs.dq[state.rows], inputs.dk
         size = self.sigma * (q @ k.T)
@@ -126,16 +126,16 @@ class _Typical:
         """Return the typical errors of o and lse."""
         state, f, odds = self.state, self.state.arithmetic.formats, self.odds
         v, dv, p, live = state.inputs.v, state.inputs.dv, self.p, self.live
-        E = np.empty(o.shape)
+        error = np.empty(o.shape)
         for c in range(o.shape[1]):
-            E[:, c] = self.moved(np.where(live, v[:, c] - o[:, c : c + 1], 0.0))
+            error[:, c] = self.moved(np.where(live, v[:, c] - o[:, c : c + 1], 0.0))
         if state.uP:
-            E = E + np.maximum(self._cast(v, o), self._guard(v, o))
+            error = error + np.maximum(self._cast(v, o), self._guard(v, o))
         h = np.sqrt(state.n + state.rises.max(axis=1, keepdims=True, initial=0.0)) * state.u.sums * odds
         size = np.abs(v)
-        E = E + h * (mix(p, size, live) + np.abs(o)) + odds * np.sqrt(mix(p**2, dv**2, live))
-        E = E + mix(np.where(live, state.zeta[:, : self.n_keys], 0.0), size, live)
-        E = E + (3 * state.u.sums + f.output.u) * (np.abs(o) + E) + f.output.tiny + 2 * f.accumulate.tiny
+        error = error + h * (mix(p, size, live) + np.abs(o)) + odds * np.sqrt(mix(p**2, dv**2, live))
+        error = error + mix(np.where(live, state.zeta[:, : self.n_keys], 0.0), size, live)
+        error = error + (3 * state.u.sums + f.output.u) * (np.abs(o) + error) + f.output.tiny + 2 * f.accumulate.tiny
         own = self.moved(np.where(live, 1.0, 0.0))
         ln, m = np.log(state.total[:, 0]), np.abs(state.m[:, 0])
         u = f.accumulate.u
@@ -143,7 +143,7 @@ class _Typical:
         lse = lse + state.zeta.sum(axis=1) + (odds * state.uP * np.sqrt((p**2).sum(axis=1)) if state.common else 0.0)
         lse = lse + f.lse.u * np.abs(state.m[:, 0] + ln)
         empty = state.empty[:, 0]
-        return np.where(state.empty, 0.0, E), np.where(empty, 0.0, lse)
+        return np.where(state.empty, 0.0, error), np.where(empty, 0.0, lse)
 
     def _cast(self, v: Array, o: Array) -> Array:
         """Return what independent casts of P do."""
