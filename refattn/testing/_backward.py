@@ -189,7 +189,7 @@ class _Part:
             cast = (w + self.p) * (1 + state.uP) + np.minimum(f.weights.tiny, w + self.p)
         elif rounded:
             cast = cast + state.zeta[:, :n]
-        cast = np.where(live, cast + LOST, 0.0)
+        cast = np.where(live, cast + 2 * f.scores.tiny + LOST, 0.0)
         size_o = np.abs(self.do)
         error = mix(np.maximum(cast - self.p, 0.0).T, size_o, turned)
         error = error + gamma(T, sums) * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)

@@ -212,7 +212,7 @@ class _Kernel:
             room = max(0.0, 2 * self.a.exp_ulp - 1 - 2.0**-20) * f.u - (2.0**-51 if f.bits == 53 else 0)
             y = y * (1 + max(room, 0.0) * self.rng.choice([-1.0, 1.0], y.shape))
         y = np.where(x == 0, 1.0, f.round(y))
-        return np.where(y < 2.0**-126, 0.0, y) if self.flush and f.bits != 11 and f.least <= -126 else y
+        return np.where(y < f.tiny, 0.0, y) if self.flush else y
 
     def log(self, x: Array) -> Array:
         """Return ln x in the accumulator's format."""
@@ -400,7 +400,7 @@ class _Kernel:
     def merged(self, parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
         """Merge results over parts of the keys."""
         f = self.f.accumulate
-        top = np.maximum.reduce([lse for _, lse in parts])
+        top: Array = np.maximum.reduce([lse for _, lse in parts])
         shift = np.where(np.isneginf(top), 0.0, top)
         weights = [np.where(np.isneginf(lse), 0.0, self.exp(f.round(lse - shift))) for _, lse in parts]
         total, acc = np.zeros(len(top)), np.zeros(parts[0][0].shape)
@@ -416,8 +416,7 @@ class _Kernel:
         a, f, call = self.a, self.f, self.one.problem
         o, lse = self.forward()
         s, slope, seen = self.logits()
-        live: Bools = seen.any(axis=1, keepdims=True)
-        do = np.where(live, do, 0.0)
+        do = np.where(np.logical_or.reduce(seen, axis=1, keepdims=True), do, 0.0)
         mult = self.operand(do)
         v = self.clean()
         g = np.where(seen, self.stored(self.product(mult, v.T, f.scores)), 0.0)
