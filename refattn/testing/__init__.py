@@ -11,6 +11,7 @@ from refattn.testing._arithmetic import PRESETS, Arithmetic
 from refattn.testing._formats import FORMATS, Format
 from refattn.testing._judge import assert_within
 from refattn.testing._tolerance import Tolerance, tolerance
+from refattn.testing._typical import typical
 from refattn.testing.ball import Ball
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ __all__ = [
     "conformance",
     "judge",
     "tolerance",
+    "typical",
 ]
 _LATER = {
     "Report": "_report",

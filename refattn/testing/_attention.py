@@ -21,8 +21,8 @@ from refattn.rounding import TINY, U
 from refattn.testing._arithmetic import PRESETS, Arithmetic, arithmetic_of
 from refattn.testing._exact import exact, reach
 from refattn.testing._outside import dtype_name, framework_of, to_numpy
-from refattn.testing._standin import typical
 from refattn.testing._tolerance import tolerance
+from refattn.testing._typical import typical
 from refattn.testing._verdicts import Part, Verdict, places, worst
 
 BY_DTYPE = {"float64": "fp64", "float32": "fp32", "float16": "fa2-fp16", "bfloat16": "fa2-bf16"}
