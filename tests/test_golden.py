@@ -10,6 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from refattn.cli import main
 from refattn.conventions import profile
 from refattn.testing import assert_within, golden
 from refattn.testing._configurations import CONFIGURATIONS
@@ -162,3 +163,30 @@ def test_the_judge_in_c_convicts_one_wrong_element(folder, judge, tmp_path, name
     (tmp_path / "wrong.safetensors").write_bytes(save(x))
     done = judge(tmp_path / "wrong.safetensors", folder / "torch" / "ragged_sizes.safetensors")
     assert done.returncode == 1 and done.stdout.endswith("1 of 2 wrong\n")
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["golden", *map(str, arguments)])
+    return stopped.value.code
+
+
+def test_the_command_writes_what_the_function_does(folder, tmp_path, capsys):
+    assert run("--out", tmp_path / "a", "--only", "bias", "--only", "packed, causal") == 0
+    assert capsys.readouterr().out.startswith("4 problems, each as .npz and .safetensors")
+    same = "strong_bias.safetensors"
+    assert (tmp_path / "a" / same).read_bytes() == (folder / "torch" / same).read_bytes()
+
+
+@pytest.mark.parametrize("bad", [("--profile", "torchx"), ("--arithmetic", "fp31"), ("--only", "everything")])
+def test_a_bad_call_of_the_command_is_one_line(tmp_path, capsys, bad):
+    assert run("--out", tmp_path / "a", *bad) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and bad[1] in said
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "a").write_text("a file")
+    assert run("--out", tmp_path / "a" / "b") == 2
+    assert capsys.readouterr().err.count("\n") == 1

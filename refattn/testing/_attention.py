@@ -1,11 +1,11 @@
-"""The judge of attention: is this output right, within the bound of the arithmetic that made it?"""
+"""The judge of attention: whether an output is right, within the bound of the arithmetic that made it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from refattn import engines, softmax
+from refattn import engines
 from refattn.bias import Bias
-from refattn.conventions import Call, Convention, Meaning, profile
+from refattn.conventions import Answer, Call, Convention, Meaning, profile
 from refattn.partial import Partial
 from refattn.rounding import TINY, U
+from refattn.testing._arithmetic import PRESETS, Arithmetic, arithmetic_of
 from refattn.testing._exact import exact, reach
 from refattn.testing._outside import dtype_name, framework_of, to_numpy
-from refattn.testing._standin import PRESETS, Arithmetic, tolerance, typical
+from refattn.testing._tolerance import tolerance
+from refattn.testing._typical import typical
 from refattn.testing._verdicts import Part, Verdict, places, worst
 
 BY_DTYPE = {"float64": "fp64", "float32": "fp32", "float16": "fa2-fp16", "bfloat16": "fa2-bf16"}
@@ -132,7 +134,7 @@ def judge(
     arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "slopes": slopes, "sink": sink, "lengths": lengths}
     given = {name: None if x is None else to_numpy(x) for name, x in arrays.items()}
     call = Call(causal=causal, window=window, scale=scale, softcap=softcap, starts=starts, **given)
-    known = arithmetic_of(arithmetic, actual)
+    known = chosen(arithmetic, actual)
     if gradients is not None and do is None:
         raise ValueError("do is missing; expected the cotangent that the gradients are of")
     return judge_call(
@@ -148,25 +150,21 @@ def judge(
     )
 
 
-def arithmetic_of(arithmetic: Arithmetic | str | None, like: Any) -> Arithmetic:
+def chosen(arithmetic: Arithmetic | str | None, like: Any) -> Arithmetic:
     """Return an arithmetic by name, as it is, or by the dtype of an array."""
-    if isinstance(arithmetic, Arithmetic):
-        return arithmetic
     if arithmetic is None:
         name = dtype_name(like) if framework_of(like) else str(np.asarray(like).dtype)
         if name not in BY_DTYPE:
             raise ValueError(f"arithmetic is not given, and no preset is for {name}; expected an Arithmetic")
         return PRESETS[BY_DTYPE[name]]
-    if arithmetic not in PRESETS:
-        raise ValueError(f"arithmetic is {arithmetic!r}; expected one of {', '.join(map(repr, PRESETS))}")
-    return PRESETS[arithmetic]
+    return arithmetic_of(arithmetic)
 
 
 def judge_call(
     call: Call,
     convention: Convention,
     arithmetic: Arithmetic,
-    o: NDArray[Any],
+    o: NDArray[Any] | None,
     lse: NDArray[Any] | None = None,
     *,
     gradients: Mapping[str, NDArray[Any]] | None = None,
@@ -174,21 +172,25 @@ def judge_call(
     dlse: Any = None,
     diagnose: bool = True,
 ) -> Verdict:
-    """Judge NumPy arrays that a kernel answered to a call; see `judge`."""
+    """Judge NumPy arrays that a kernel answered to a call, those that are given; see `judge`."""
     call = _widened(call)
     meaning = call.under(convention)
-    truth = _truth(meaning, arithmetic, o, lse)
-    answers = {"o": (o, truth.o), "lse": (lse, truth.lse)}
-    for name, (array, right) in answers.items():
-        refused = None if array is None else _refused(name, array, right.value.shape)
+    right = meaning.answer()
+    for name, array, shape in (("o", o, right.o.shape), ("lse", lse, right.lse.shape)):
+        refused = None if array is None else _refused(name, array, shape)
         if refused:
             return refused
-    seen, parts = _keys_seen(meaning), list[Part]()
-    for name, (array, right) in answers.items():
-        if array is not None:
-            parts.append(_judged(name, np.asarray(array, np.float64), right, seen))
+    if not right.o.size:
+        return Verdict("right")
+    parts, notes = list[Part](), ()
+    if o is not None or lse is not None:
+        truth, notes = _truth(meaning, right, arithmetic, o, lse)
+        seen = _keys_seen(meaning)
+        given = {name: x for name, x in (("o", o), ("lse", lse)) if x is not None}
+        parts += [_judged(name, np.asarray(x, np.float64), truth[name], seen) for name, x in given.items()]
+    rights = _gradients(meaning, arithmetic, gradients, do, dlse) if gradients else {}
     for name, array in (gradients or {}).items():
-        right = _gradient(meaning, arithmetic, name, do, dlse)
+        right = rights[name]
         refused = _refused(f"d{name}", array, right.value.shape)
         if refused:
             return refused
@@ -196,9 +198,9 @@ def judge_call(
     kind = worst(part.kind for part in parts)
     said = [f"{part.name}: {sentence}" for part in parts for sentence in part.said]
     explained = ""
-    if diagnose and kind in ("wrong", "non-finite"):
+    if diagnose and o is not None and kind in ("wrong", "non-finite"):
         explained = _explained(call, convention, arithmetic, o, lse)
-    return Verdict(kind, tuple(parts), tuple(said), explained, truth.notes)
+    return Verdict(kind, tuple(parts), tuple(said), explained, notes)
 
 
 class _Right(NamedTuple):
@@ -210,12 +212,6 @@ class _Right(NamedTuple):
     judged: NDArray[np.bool_]
 
 
-class _Truth(NamedTuple):
-    o: _Right
-    lse: _Right
-    notes: tuple[str, ...]
-
-
 def _widened(call: Call) -> Call:
     """Return the call with q, k and v in float64, which is exact: what follows need not know other types."""
     wide = {
@@ -225,8 +221,10 @@ def _widened(call: Call) -> Call:
     return replace(call, **wide)
 
 
-def _truth(meaning: Meaning, arithmetic: Arithmetic, o: Any, lse: Any) -> _Truth:
-    right = meaning.answer()
+def _truth(
+    meaning: Meaning, right: Answer, arithmetic: Arithmetic, o: Any, lse: Any
+) -> tuple[dict[str, _Right], tuple[str, ...]]:
+    """Return what is right of o and of lse, and what could not be decided."""
     may = meaning.allowance(partial(tolerance, arithmetic))
     usual = meaning.allowance(partial(typical, arithmetic))
     own = meaning.allowance(partial(tolerance, "fp64"))
@@ -235,14 +233,14 @@ def _truth(meaning: Meaning, arithmetic: Arithmetic, o: Any, lse: Any) -> _Truth
     bounds = {name: np.broadcast_to(getattr(may, name), x.shape) for name, x in values.items()}
     open_rows = {"o": meaning.convention.empty == "any", "lse": meaning.convention.empty_lse == "any"}
     notes = _sharpen(meaning, values, owns, bounds, {"o": o, "lse": lse})
-    found: list[_Right] = []
+    found: dict[str, _Right] = {}
     for name, value in values.items():
         judged = np.ones(value.shape, np.bool_)
         if open_rows[name]:
             judged = judged & ~(meaning.empty[..., None] if name == "o" else meaning.empty)
         near = np.broadcast_to(getattr(usual, name), value.shape) + owns[name]
-        found.append(_Right(value, bounds[name] + owns[name], near, judged))
-    return _Truth(found[0], found[1], notes)
+        found[name] = _Right(value, bounds[name] + owns[name], near, judged)
+    return found, notes
 
 
 def _sharpen(
@@ -284,19 +282,25 @@ def _sharpen(
     return ()
 
 
-def _gradient(meaning: Meaning, arithmetic: Arithmetic, name: str, do: Any, dlse: Any) -> _Right:
-    def verb(of: Any) -> Any:
-        def asked(do: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
+def _gradients(meaning: Meaning, arithmetic: Arithmetic, names: Iterable[str], do: Any, dlse: Any) -> dict[str, _Right]:
+    def allowed(of: Callable[..., Any]) -> Any:
+        def verb(do: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
             return of(q, k, v, do=do, **options)
 
-        return getattr(meaning.gradient_allowance(asked, do, dlse), name)
+        return meaning.gradient_allowance(verb, do, dlse)
 
-    right = getattr(meaning.vjp(do, dlse), name)
-    if right is None:
-        raise ValueError(f"gradients has {name!r}, which the call has not")
-    own = verb(partial(tolerance, "fp64"))
-    bound, usual = (np.broadcast_to(verb(partial(f, arithmetic)) + own, right.shape) for f in (tolerance, typical))
-    return _Right(right, bound, usual, np.ones(right.shape, np.bool_))
+    right = meaning.vjp(do, dlse)
+    own, may, usual = (
+        allowed(partial(*f)) for f in ((tolerance, "fp64"), (tolerance, arithmetic), (typical, arithmetic))
+    )
+    found: dict[str, _Right] = {}
+    for name in names:
+        value = getattr(right, name, None)
+        if value is None:
+            raise ValueError(f"gradients has {name!r}, of which the call has none")
+        bound, near = (np.broadcast_to(getattr(x, name) + getattr(own, name), value.shape) for x in (may, usual))
+        found[name] = _Right(value, bound, near, np.ones(value.shape, np.bool_))
+    return found
 
 
 def _refused(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> Verdict | None:

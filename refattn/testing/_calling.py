@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from refattn.engines import Unsupported
-from refattn.testing._outside import device_name, dtype_name, framework_of, like, to_numpy
+from refattn.testing._outside import device_name, framework_of, like, module_of, to_numpy
 
 LAYOUTS = ("plain", "transposed", "strided", "broadcast")
 
@@ -160,9 +160,7 @@ def _laid(x: Any, ask: Ask) -> Any:
         one = like(ask.framework, x[:1], device=ask.device)
         if ask.framework == "torch":
             return one.expand(*x.shape)
-        return importlib.import_module({"jax": "jax.numpy", "mlx": "mlx.core"}.get(ask.framework, ask.framework)).broadcast_to(
-            one, x.shape
-        )
+        return module_of(ask.framework).broadcast_to(one, x.shape)
     return like(ask.framework, x, device=ask.device)
 
 
@@ -250,5 +248,3 @@ def _jax_gradients(
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return text if len(text) < 300 else text[:297] + "…"
-
-

@@ -201,8 +201,8 @@ def _table() -> tuple[Configuration, ...]:
     add("head sizes that 16 does not divide", "head size 40", _plain(D=40), gradients=True)
     add("head sizes that 16 does not divide", "head size 65", _plain(D=65))
     add("head sizes that 16 does not divide", "head size 1", _plain(D=1))
-    add("E ≠ D", "values wider than keys", _plain(D=16, E=48, S=40), gradients=True)
-    add("E ≠ D", "values narrower than keys", _plain(D=48, E=16, S=40))
+    add("value head size", "values wider than keys", _plain(D=16, E=48, S=40), gradients=True)
+    add("value head size", "values narrower than keys", _plain(D=48, E=16, S=40))
 
     c = "causal"
     add(c, "causal, square", _plain(T=70, causal=True), gradients=True)

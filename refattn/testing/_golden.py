@@ -26,8 +26,8 @@ from refattn.conventions import profile as profile_of
 from refattn.engines import Unsupported
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._configurations import CONFIGURATIONS, Configuration
+from refattn.testing._places import cast
 from refattn.testing._tolerance import tolerance
-from refattn.testing._written import cast
 
 INDEX = "golden.json"
 

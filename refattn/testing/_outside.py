@@ -167,9 +167,14 @@ def like(framework: str, x: NDArray[Any], *, device: str | None = None) -> Any:
     return out
 
 
+def module_of(framework: str) -> Any:
+    """Return the module that makes a framework's arrays."""
+    return importlib.import_module({"mlx": "mlx.core", "jax": "jax.numpy"}.get(framework, framework))
+
+
 def _made(framework: str, x: NDArray[Any], device: str | None) -> Any:
     name = x.dtype.name
-    module = importlib.import_module({"mlx": "mlx.core", "jax": "jax.numpy"}.get(framework, framework))
+    module = module_of(framework)
     if framework == "torch":
         if name in BITS:
             signed = {"uint16": "int16", "uint8": "uint8"}[BITS[name]]

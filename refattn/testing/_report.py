@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -111,22 +111,19 @@ class Report:
         return f"{self.function} is right on all {counts['right']} that it answers{gaps}"
 
     def __str__(self) -> str:
-        """Return the table, then each fault, the smallest problem last."""
+        """Return the table, the headline, then each fault; what explains the smallest stands last."""
         lines = [f"{self.function} as {self.profile} in {self.arithmetic}, seed {self.seed}: {self.seconds:.0f} s", ""]
         rows = [(name, *self._row(name)) for name in self.capabilities]
         width = max((len(name) for name, *_ in rows), default=0)
         lines += [f"  {name:<{width}}  {verdict}{more}".rstrip() for name, verdict, more in rows]
-        lines += ["", *(f"note: {note}" for note in self.notes)]
-        for one in self.suspect:
-            lines.append(str(one))
+        lines += ["", *(f"note: {note}" for note in self.notes), self.headline]
+        for one in (*self.suspect, *self.wrong):
+            lines += ["", str(one), f"    replay: {self.replay(one)}"]
         smallest = self.smallest
-        for one in sorted(self.wrong, key=lambda one: one is smallest):
-            lines += [str(one), f"    replay: {self.replay(one)}"]
         if smallest is not None and smallest.call is not None:
             lines += ["", f"the smallest problem that fails: {described(smallest.call)}"]
-            if smallest.verdict.diagnosis:
-                lines.append(smallest.verdict.diagnosis)
-        return "\n".join([*lines, self.headline])
+            lines += [smallest.verdict.diagnosis or "nothing is said of why"]
+        return "\n".join(lines)
 
     def replay(self, one: Result) -> str:
         """Return the call that asks one thing again."""
@@ -181,8 +178,8 @@ def described(call: Call) -> str:
     'q=[[[[1.0]]]], k=[[[[1.0]]]], v=[[[[1.0]]]], causal=True'
     """
     parts: list[str] = []
-    for name in ("q", "k", "v", "causal", "window", "mask", "bias", "slopes", "sink", "scale", "softcap", "lengths", "starts"):
-        x = getattr(call, name)
+    for name in (field.name for field in fields(Call)):
+        x: Any = getattr(call, name)
         if x is None or x is False:
             continue
         if isinstance(x, np.ndarray):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,7 @@ KINDS = (
     "hung",
     "crashed",
 )
-"""From the best to the worst. What follows "suspect" is a fault; what "does not hold" is a property, promised by none."""
+"""From the best to the worst: what follows "suspect" is a fault, and "does not hold" is said of what none promises."""
 INNOCENT = KINDS[: KINDS.index("suspect") + 1]
 TILES = (128, 64, 32, 16)
 
@@ -138,7 +137,7 @@ def places(bad: NDArray[np.bool_], axes: str, seen: NDArray[np.intp] | None = No
     found: list[str] = []
     for axis, name in enumerate(names):
         others = tuple(a for a in range(bad.ndim) if a != axis)
-        fails: NDArray[np.bool_] = bad.any(axis=others)
+        fails = np.asarray(bad.any(axis=others))
         if fails.size > 1 and fails.any() and not fails.all():
             found.append(f"only in {_which(name, fails)}")
     if seen is not None and "row" in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import importlib.util
@@ -117,9 +118,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         """Start the process, so that a wrong name is said before any work."""
-        if self.inside:
-            self._functions = self.function, self.vjp
-        else:
+        if not self.inside:
             self._start()
         return self
 
@@ -158,9 +157,11 @@ class Worker:
         if isinstance(ready, str):
             self._stop()
             raise ValueError(ready)
+        atexit.register(self._stop)
 
     def _stop(self) -> None:
         if self._process is not None:
+            atexit.unregister(self._stop)
             self._process.kill()
             self._process = None
 
@@ -318,5 +319,3 @@ def _signal(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,7 @@ def cotangents(profile: Profile, call: Call, returned: Any, do: NDArray[Any]) ->
     """Return the cotangent of each array that was returned, where that of o is `do`; None for those without one."""
     arrays = list(leaves(returned))
     ends = np.cumsum([0, *(x.size for x in arrays)])
-    numbered = iter(
+    numbered: Iterator[Any] = iter(
         [np.arange(first + 1, last + 1, dtype=np.float64).reshape(x.shape) for first, last, x in _spans(ends, arrays)]
     )
     places = np.asarray(profile.read(mapped(returned, lambda _: next(numbered)), call).o, np.int64)
