@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 LN2 = math.log(2)
+EMPTY_LSE = {"-inf": -math.inf, "+inf": math.inf, "0": 0.0, "any": -math.inf}
+VANISHED = 104.0
+"""A weight that is smaller than e to minus this is 0 in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +29,8 @@ class Written:
     """The definition's arguments with all leading axes, a key head for each query head, and pairs as arrays.
 
     `raw` holds q·k. `sight` says of each source of masking which pairs it lets be seen; its arrays broadcast to
-    (..., H, T, S). `pads` counts keys of zeros, with values 0, that every row sees beside its own.
+    (..., H, T, S). `pads` counts keys of zeros, with values 0, that every row sees beside its own. `own` are logits that are not made
+    of the rest.
     """
 
     convention: Convention
@@ -41,6 +45,7 @@ class Written:
     sink: Floats | None
     sight: Mapping[str, Bools]
     pads: float = 0.0
+    own: Floats | None = None
 
     @cached_property
     def seen(self) -> Bools:
@@ -50,6 +55,8 @@ class Written:
     @cached_property
     def logits(self) -> Floats:
         """What every pair's logit is, seen or not."""
+        if self.own is not None:
+            return self.own
         with np.errstate(invalid="ignore", over="ignore"):
             s = self.scale * self.raw
             if self.softcap is None:
@@ -82,17 +89,17 @@ class Written:
         return np.logaddexp(lse, math.log(self.pads)) if self.pads else lse
 
     def called(self, o: Floats, lse: Floats) -> tuple[Floats, Floats]:
-        """Return o and lse, of which lse is in nats, as the convention has them; "any" is NaN, which matches all."""
+        """Return o and lse, of which lse is in nats, as the convention has them."""
         how, empty = self.convention, self.empty
         if how.lse == "bits":
             lse = lse / LN2
         if empty.any():
             o = np.where(empty[..., None], self._of_empty(how.empty), o)
-            lse = np.where(empty, {"-inf": -np.inf, "+inf": np.inf, "0": 0.0, "any": np.nan}[how.empty_lse], lse)
+            lse = np.where(empty, EMPTY_LSE[how.empty_lse], lse)
         return o, lse
 
     def _of_empty(self, word: str) -> Any:
-        return self.v.mean(-2, keepdims=True) if word == "mean of v" else 0.0 if word == "zero" else np.nan
+        return self.v.mean(-2, keepdims=True) if word == "mean of v" else np.nan if word == "NaN" else 0.0
 
     def outcome(self) -> Outcome:
         """Return what the definition answers."""
@@ -120,41 +127,48 @@ class Written:
 class Outcome:
     """What a changed kernel would answer: o and lse in the convention's numbers.
 
-    `basis` is the problem whose tolerance is allowed, o's multiplied by `gain`. NaN stands for anything not finite.
+    `basis` is the problem whose tolerance is allowed, o's multiplied by `gain`; lse's is of `row_sum` where that is
+    another. NaN stands for anything that is not finite.
     """
 
     o: Floats
     lse: Floats
     basis: Written
-    gain: Floats | float = 1.0
-    lenient: Arithmetic | None = None
+    gain: Floats | None = None
+    row_sum: Written | None = None
+    arithmetic: Arithmetic | None = None
 
     def allowance(self, arithmetic: Arithmetic) -> tuple[Floats, Floats]:
-        """Return how far o and lse may be off."""
-        w = self.basis
-        sink = w.sink
-        if w.pads:
-            sink = np.full(w.raw.shape[:-2], math.log(w.pads)) if sink is None else np.logaddexp(sink, math.log(w.pads))
-        some = tolerance(
-            self.lenient or arithmetic,
-            w.q,
-            w.k,
-            w.v,
-            bias=np.broadcast_to(np.where(np.isfinite(w.bias), w.bias, 0.0), w.raw.shape) if np.any(w.bias) else None,
-            sink=sink,
-            softcap=w.softcap,
-            order=w.order,  # pyright: ignore[reportArgumentType]
-            mask=w.seen,
-            scale=w.scale,
-        )
+        """Return how far o and lse may be off; ∞ where nothing is promised."""
+        arithmetic = self.arithmetic or arithmetic
+        o, lse = allowed(self.basis, arithmetic)
+        if self.row_sum is not None:
+            lse = allowed(self.row_sum, arithmetic)[1]
         with np.errstate(over="ignore", invalid="ignore"):
-            lse = np.broadcast_to(some.lse, self.lse.shape)
-            gain = np.abs(np.broadcast_to(self.gain, self.lse.shape))[..., None]
-            o = some.o * gain
-            if not np.isscalar(self.gain):
-                o = o + np.nan_to_num(np.abs(self.o)) * np.expm1(2 * lse)[..., None]
-            bits = 1 / LN2 if w.convention.lse == "bits" else 1.0
-        return np.nan_to_num(np.broadcast_to(o, self.o.shape), nan=np.inf, posinf=np.inf), lse * bits
+            if self.gain is not None:
+                o = o * np.abs(self.gain)[..., None] + np.abs(self.o) * np.expm1(2 * lse)[..., None]
+            lse = lse / LN2 if self.basis.convention.lse == "bits" else lse
+            lse = lse + 4 * arithmetic.formats.lse.u * np.abs(self.lse)
+        o, lse = (np.broadcast_to(x, y.shape) for x, y in ((o, self.o), (lse, self.lse)))
+        return np.where(np.isnan(o), np.inf, o), np.where(np.isnan(lse), np.inf, lse)
+
+
+def allowed(w: Written, arithmetic: Arithmetic) -> tuple[Floats, Floats]:
+    """Return the tolerance of a problem: o's and, in nats, lse's."""
+    options: dict[str, Any] = {"softcap": w.softcap, "order": w.order, "mask": w.seen, "scale": w.scale}
+    sink, bias = w.sink, w.bias
+    if w.pads:
+        pads = np.full(w.raw.shape[:-2], math.log(w.pads))
+        sink = pads if sink is None else np.logaddexp(sink, pads)
+    if w.own is not None:  # what is added to products, but for a number common to the row and weights that are 0
+        top = np.where(np.isfinite(w.top), w.top, 0.0)[..., None]
+        with np.errstate(invalid="ignore"):
+            bias = w.own - w.scale * w.raw - top
+            options |= {"softcap": None, "mask": w.seen & (w.own - top > -VANISHED)}
+        sink = None if sink is None else sink - top.min((-1, -2))
+    bias = np.broadcast_to(np.where(np.isfinite(bias), bias, 0.0), w.raw.shape) if np.any(bias) else None
+    some = tolerance(arithmetic, w.q, w.k, w.v, bias=bias, sink=sink, **options)
+    return some.o, some.lse
 
 
 def products(q: Floats, k: Floats) -> Floats:
@@ -187,7 +201,9 @@ def write(call: Call, convention: Convention) -> Written:
     q, k, v = (np.asarray(x, np.float64) for x in (call.q, call.k, call.v))
     q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
     heads, few = q.shape[-3], k.shape[-3]
-    own: NDArray[np.int64] = np.arange(heads) // (heads // few) if convention.groups == "interleaved" else np.arange(heads) % few
+    own: NDArray[np.int64] = (
+        np.arange(heads) // (heads // few) if convention.groups == "interleaved" else np.arange(heads) % few
+    )
     lead = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
     q, k, v = (
         np.broadcast_to(x, (*lead, *x.shape[-3:]))
