@@ -98,6 +98,8 @@ class Logits(NamedTuple):
     z: Array
     e: Array
     top: Array
+    slope: Array | None
+    slope_error: Array | None
 
 
 def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
@@ -134,7 +136,8 @@ def logits(
             steps.cap(call.softcap)
         if bias is not None and call.order == "softcap, bias":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
-    return Logits(np.where(seen, steps.z, -np.inf), np.where(seen, steps.e, 0.0), np.where(seen, steps.top, 0.0))
+    z, e, top = (np.where(seen, x, rest) for x, rest in ((steps.z, -np.inf), (steps.e, 0.0), (steps.top, 0.0)))
+    return Logits(z, e, top, steps.slope, steps.slope_error)
 
 
 class _Steps:
@@ -144,6 +147,8 @@ class _Steps:
         self.z, self.e, self.top = z, e, np.abs(z)
         self.f, self.u = arithmetic.formats.scores, arithmetic.formats.scores.u
         self.stored, self.tanh = arithmetic.formats.stored_scores, 2 * arithmetic.tanh_ulp * self.u
+        self.slope: Array | None = None
+        self.slope_error: Array | None = None
 
     def rounding(self, u: float, tiny: float) -> None:
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
@@ -171,7 +176,14 @@ class _Steps:
         inner = 3 * self.u + stored
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
         self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
-        self.z = c * np.tanh(self.z / c)
+        t = np.tanh(self.z / c)
+        fall = np.exp(-2 * np.abs(self.z / c))
+        self.slope = 4 * fall / (1 + fall) ** 2
+        # 1 − tanh²: with the logit it moves by a factor, with tanh's own error and its roundings absolutely
+        moved = self.slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
+        own = 2 * self.tanh + 4 * (self.u + stored) + 2 * (self.f.tiny + tiny)
+        self.slope_error = np.minimum(moved, 1.0) + own * (1 + own)
+        self.z = c * t
         turn = self.tanh + self.u + stored
         self.e = self.e + turn * (1 + turn) * (np.abs(self.z) + self.e) + (1 + c) * (self.f.tiny + tiny)
         self.store()
@@ -201,6 +213,9 @@ class Rows:
             live = live & ~np.isneginf(bias)
         own = logits(one, inputs, rows, live, bias, arithmetic)
         definition = logits(one, inputs.exact(), rows, live, bias, DEFINITION)
+        self.rows, self.slope, self.slope_error = rows, own.slope, own.slope_error
+        if own.slope is not None and own.slope_error is not None:
+            self.slope, self.slope_error = (np.where(live, x, 0.0) for x in (own.slope, own.slope_error))
         self.top = own.top.max(axis=1, initial=0.0)[:, None]
         z, e, e64 = own.z, own.e, definition.e
         if one.sink is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from refattn import masks
+from refattn.conventions import Call, Profile
+from refattn.conventions import profile as profile_of
+from refattn.engines import Unsupported
 from refattn.masks import Mask, Pairs
 from refattn.method import REQUIRED, Method, accepted
 
@@ -200,3 +203,95 @@ def _meet(one: Mask, other: Mask) -> Mask:
 
 def _differ(one: Mask, other: Mask) -> Mask:
     return one | ~other
+
+
+FEATURES = {
+    "causal": "causal",
+    "window": "window",
+    "mask": "mask",
+    "bias": "bias",
+    "ALiBi": "slopes",
+    "sink": "sink",
+    "softcap": "softcap",
+    "lengths": "lengths",
+    "packed sequences": "starts",
+}
+"""What a call may ask for, by the name of the capability."""
+
+
+@st.composite
+def problems(draw: st.DrawFn, profile: str | Profile, *, most: int = 24, without: Collection[str] = ()) -> Call:
+    """Draw a call that a profile has words for: sizes, features and numbers.
+
+    Parameters
+    ----------
+    profile
+        Whose words: what it cannot say is left out.
+    most
+        Largest T and S.
+    without
+        Capabilities that are left out too, as the kit names them: any of `FEATURES`, "grouped heads", "scale",
+        "value head size" and "head sizes that 16 does not divide".
+
+    Examples
+    --------
+    >>> from hypothesis import find
+    >>> find(problems("torch"), lambda call: call.causal).q.shape
+    (1, 1, 1, 1)
+    """
+    own = profile if isinstance(profile, Profile) else profile_of(profile)
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    kind = draw(st.sampled_from(KINDS))
+    few, group = draw(st.integers(1, 3)), 1 if "grouped heads" in without else draw(st.integers(1, 3))
+    B, H, T, S = draw(st.integers(1, 2)), few * group, draw(st.integers(1, most)), draw(st.integers(1, most))
+    depth = st.sampled_from((16, 32, 64)) if "head sizes that 16 does not divide" in without else st.integers(1, 8)
+    D = draw(depth)
+    E = D if "value head size" in without else draw(st.one_of(st.just(D), depth))
+    call = Call(
+        q=numbers(rng, (B, H, T, D), kind), k=numbers(rng, (B, few, S, D), kind), v=numbers(rng, (B, few, S, E), kind)
+    )
+    if "scale" not in without:
+        call = _said(own, call, scale=draw(st.sampled_from((None, 0.25, 1.0))))
+    known = [field for capability, field in FEATURES.items() if capability not in without]
+    for feature in draw(st.lists(st.sampled_from(known), max_size=3, unique=True)) if known else ():
+        call = _said(own, call, **_feature(draw, feature, rng, call, kind, own.convention.mask == "drop"))
+    return call
+
+
+def _feature(
+    draw: st.DrawFn, feature: str, rng: np.random.Generator, call: Call, kind: str, drop: bool
+) -> dict[str, Any]:
+    """Draw what a call asks for in one of its fields."""
+    (B, H, T, _), S = call.q.shape, call.k.shape[-2]
+    if feature == "causal":
+        return {"causal": True}
+    if feature == "window":
+        sides = st.tuples(st.one_of(st.none(), st.integers(1, 8)), st.one_of(st.none(), st.integers(0, 8)))
+        return {"window": draw(sides)}
+    if feature == "mask":
+        seen = rng.random((B, H, T, S)) < draw(st.sampled_from((0.2, 0.8)))
+        return {"mask": ~seen if drop else seen}
+    if feature == "bias":
+        return {"bias": numbers(rng, (B, H, T, S), kind)}
+    if feature == "slopes":
+        return {"slopes": 2.0 ** -rng.integers(0, 6, H)}
+    if feature == "sink":
+        return {"sink": numbers(rng, (H,), kind)}
+    if feature == "softcap":
+        return {"softcap": draw(st.sampled_from((0.5, 4.0)))}
+    if feature == "lengths":
+        return {"lengths": rng.integers(0, S + 1, B)}
+    cuts = draw(st.integers(1, 3))
+    starts = tuple(np.r_[0, np.sort(rng.integers(0, n + 1, cuts - 1)), n].astype(np.int64) for n in (T, S))
+    q, k, v = (x[:1] for x in (call.q, call.k, call.v))
+    return {"starts": starts, "q": q, "k": k, "v": v}
+
+
+def _said(profile: Profile, call: Call, **more: Any) -> Call:
+    """Return the call with more, where the profile has words for that, and as it is elsewhere."""
+    try:
+        longer = replace(call, **more)
+        profile.write(longer)
+    except (Unsupported, ValueError):
+        return call
+    return longer
