@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from refattn._mix import mix, tiles
 from refattn.bias import Table
 from refattn.engines import One
-from refattn.rounding import LOST, TINY, U, Bounded, gamma
+from refattn.rounding import LOST, TINY, Bounded, U, gamma
 from refattn.testing._arithmetic import Arithmetic
 from refattn.testing._formats import Format
 from refattn.testing._forward import Inputs, Rows, received, scaled
@@ -79,7 +79,7 @@ class _Part:
         steps = 3 if a.exp == "exp" else 5
         common = E_L + self.u * np.abs(state.m + np.log(state.total))
         e = np.where(self.live, state.e[:, : len(v)] + steps * self.u * (n + E_L) + 2 * self.u, 0.0)
-        self.p = p = state.p[:, : len(v)]
+        self.p = state.p[:, : len(v)]
         stored = a.normalise == "before the cast"
         cast = state.uP if stored else 0.0
         lost = np.where(self.live, state.zeta[:, : len(v)] if stored else 0.0, 0.0)
@@ -116,7 +116,7 @@ class _Part:
         return np.maximum.reduce(bounds)
 
     def _ds(self, X: Array, far: Array, d: Array, E_D: Array, lost: Array) -> None:
-        """Set dS and dZ of the definition, what of their errors is the pair's own, and the sizes of what is computed."""
+        """Set dS and dZ of the definition, what of their errors is each pair's own, and sizes."""
         a, state, u, p, e, grow, live = (
             self.state.arithmetic,
             self.state,

@@ -17,6 +17,7 @@ from refattn import rounding
 from refattn._mix import mix
 from refattn.bias import Table
 from refattn.engines import One, Problem
+from refattn.perturbation import box_interval
 from refattn.rounding import EVALUATION, LOST, U, gamma
 from refattn.testing._arithmetic import Arithmetic
 from refattn.testing._formats import Format
@@ -24,6 +25,8 @@ from refattn.testing._formats import Format
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+COARSE = 0.05
+"""Above this logarithmic error of a weight the first-order form of F1 is left."""
 DEFINITION = Arithmetic(
     inputs="float64",
     scores="float64",
@@ -218,24 +221,26 @@ class Rows:
             self.slope, self.slope_error = (np.where(live, x, 0.0) for x in (own.slope, own.slope_error))
         self.top = own.top.max(axis=1, initial=0.0)[:, None]
         z, e, e64 = own.z, own.e, definition.e
-        if one.sink is not None:
+        if one.sink is not None:  # one more key, of value 0
             sink = float(one.sink)
             blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
-            more = ((z, sink), (e, blur), (e64, U * abs(sink)), (live, not np.isneginf(sink)))
-            z, e, e64, live = (np.c_[x, np.full(len(x), cell)] for x, cell in more)
-        self.live, self.n = live, live.sum(axis=1, keepdims=True)
+            z, e, e64 = (np.c_[x, np.full(len(x), own)] for x, own in ((z, sink), (e, blur), (e64, U * abs(sink))))
+            live = np.c_[live, np.full(len(live), not np.isneginf(sink))]
+        self.live: Bools = live
+        self.n: Array = live.sum(axis=1, keepdims=True).astype(np.float64)
         self.empty: Bools = self.n == 0
-        self.m = np.where(self.empty, 0.0, z.max(axis=1, keepdims=True, initial=-np.inf))
+        self.m: Array = np.where(self.empty, 0.0, z.max(axis=1, keepdims=True, initial=-np.inf))
         away = np.where(live, np.abs(z - self.m), 0.0)
         e64 = np.where(live, e64 + 3 * U * away + rounding.EXP * (1 + rounding.EXP), 0.0)
-        self.doubt = e64.max(axis=1, keepdims=True, initial=0.0)
-        self.wide = EVALUATION * np.exp(4 * self.doubt)
-        self.em = e.max(axis=1, keepdims=True, initial=0.0)
-        self.rises = _rises(z, e, live, arithmetic)
-        self.e = np.where(live, self._exponents(z, e, away), 0.0)
+        self.doubt: Array = e64.max(axis=1, keepdims=True, initial=0.0)
+        self.wide: Array = EVALUATION * np.exp(4 * self.doubt)
+        self.em: Array = e.max(axis=1, keepdims=True, initial=0.0)
+        self.rises: Array = _rises(z, e, live, arithmetic)
+        self.e: Array = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
-        self.total = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
-        self.p = w / self.total
+        self.total: Array = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
+        self.w: Array = w
+        self.p: Array = w / self.total
         self._cast()
         self._sums()
 
@@ -259,7 +264,7 @@ class Rows:
         self.uP, lost = (0.0, 0.0) if exact else (f.weights.u, f.weights.tiny / a.weights_scale)
         prenorm = a.normalise == "before the cast"
         pe = self.p * np.exp(self.e)
-        self.zeta = np.minimum(lost if prenorm else lost * np.exp(self.em) / self.total, pe)
+        self.zeta: Array = np.minimum(lost if prenorm else lost * np.exp(self.em) / self.total, pe)
         self.common = a.row_sum == "rounded weights"
         if self.common:
             self.e = np.where(self.live, self.e - math.log1p(-self.uP), 0.0)
@@ -272,15 +277,15 @@ class Rows:
             updates = max(0, -(-len(self.inputs.k) // a.tile) - 1)
             depth = np.minimum(depth, np.minimum(a.tile, n) + updates + self.rises)
         h = (depth + (a.splits + 4 if a.splits > 1 else 0)) * self.u.sums
-        self.G = np.where(h < 1, h / np.where(h < 1, 1 - h, 1.0), np.inf)
-        self.pe = self.p * np.exp(self.e)
+        self.G: Array = np.where(h < 1, h / np.where(h < 1, 1 - h, 1.0), np.inf)
+        self.pe: Array = self.p * np.exp(self.e)
         tiny = 2 * (f.scores.tiny + 2 * f.accumulate.tiny) + LOST
-        self.lost = n * tiny * np.exp(self.e.max(axis=1, keepdims=True, initial=0.0)) * self.wide
-        self.missed = self.zeta.sum(axis=1, keepdims=True) * self.wide if self.common else 0.0 * self.lost
+        self.lost: Array = n * tiny * np.exp(self.e.max(axis=1, keepdims=True, initial=0.0)) * self.wide
+        self.missed: Array = self.zeta.sum(axis=1, keepdims=True) * self.wide * self.common
         up = (self.pe * (1 + self.G)).sum(axis=1, keepdims=True) + self.lost + self.missed
         down = (self.p * np.exp(-self.e) * (1 - self.G)).sum(axis=1, keepdims=True) - self.lost - self.missed
-        self.up, self.down = (np.where(self.empty, 1.0, x) for x in (up, down))
-        self.down = np.where(self.down > 0, self.down, 0.0)
+        self.up: Array = np.where(self.empty, 1.0, up)
+        self.down: Array = np.where(self.empty, 1.0, np.maximum(down, 0.0))
 
     def _overflows(self, size: Array, live: Bools) -> Bools:
         """Return where a number may leave its format (F5): (rows, E)."""
@@ -312,22 +317,39 @@ class Rows:
         numerator += self.lost * (1 + _highest(size + dv, live) + np.abs(o))
         # |v_j − o| and |o| are those of the definition's o
         spread = (self.p * np.expm1(self.e) + self.pe * self.G + self.zeta * (1 + self.G)).sum(axis=1, keepdims=True)
-        E = (numerator + spread * self.moved) / self.down * self.wide
+        error = (numerator + spread * self.moved) / self.down * self.wide
+        if (self.e > COARSE).any():
+            error = np.minimum(error, self._coarse(o, theta, size + dv, dv))
         kept = f.output.bits >= f.accumulate.bits and f.output.least <= f.accumulate.least
         omega = (1 + u) ** 2 * (1 + (0.0 if kept else f.output.u)) - 1
         tiny = 2 * f.accumulate.tiny + (0.0 if kept else f.output.tiny)
-        E = E * (1 + omega) + omega * (np.abs(o) + self.moved) + tiny
-        over = self._overflows(size + dv, live) | (np.abs(o) + E > f.output.largest) | np.isnan(E)
-        self.E = np.where(self.empty, 0.0, np.where(over, np.inf, E))
-        self.o = np.where(self.empty, 0.0, o)
-        return self.o, self.E
+        error = error * (1 + omega) + omega * (np.abs(o) + self.moved) + tiny
+        over = self._overflows(size + dv, live) | (np.abs(o) + error > f.output.largest) | np.isnan(error)
+        return np.where(self.empty, 0.0, o), np.where(self.empty, 0.0, np.where(over, np.inf, error))
+
+    def _coarse(self, o: Array, theta: Array, size: Array, dv: Array) -> Array:
+        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), and means of values."""
+        a, live = self.arithmetic, self.live[:, : len(size)]
+        high, G = _highest(size, live), self.G.max(axis=1, keepdims=True, initial=0.0)
+        share, column, reach = theta.max(axis=1, keepdims=True, initial=0.0), np.zeros(self.p.shape), np.empty(o.shape)
+        tilt = np.minimum(np.where(self.live, self.e + 2 * self.doubt, 0.0), 700.0)
+        for c in range(o.shape[1]):
+            column[:, : len(size)] = np.where(live, self.inputs.v[:, c], 0.0)
+            low, top = box_interval(self.p, column, tilt)
+            reach[:, c] = np.maximum(top, -low)
+        # the largest computed weight is 1, so of the sum of the weights a cast loses at most n·η
+        missed = self.n * ((2 * a.formats.weights.tiny / a.weights_scale if self.uP else 0.0) + 2.0**-48) + self.lost
+        rest = share * high + (1 + share) * _highest(dv, live) + missed * (1 + 2 * high)
+        rest = rest + (G + missed) * (np.abs(o) + reach)
+        certain = np.where(G + missed < 1, 1 - G - missed, 0.0)
+        return (reach + 2 * self.moved + rest / certain) * self.wide
 
     def log_sum_exp(self) -> Array:
         """Return F2's E_L: (rows,)."""
         a, f = self.arithmetic, self.arithmetic.formats
         u, ln = f.accumulate.u, np.log(self.total)
         lse = np.abs(self.m + ln)
-        self.e_z = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
+        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
         # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
         constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
         E = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)

@@ -134,10 +134,10 @@ class _Sums:
     def add(self, n: int, found: dict[str, Gradient]) -> None:
         """Add one problem's."""
         for name, (value, error) in found.items():
-            axes = 0 if name == "sink" else 2
+            own = () if name == "sink" else self.shapes[name][-2:]
             at = int(self.call.leads.of[name][n])
             for total, part in ((self.value, value), (self.error, error), (self.size, np.abs(value) + error)):
-                matrix(total[name], at, axes)[...] += part
+                total[name].reshape(-1, *own)[at] += part
 
     def bounds(self) -> tuple[Array | None, ...]:
         """Return what is allowed: the sum over problems is rounded too, as are its terms, if there are several."""
