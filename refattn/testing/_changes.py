@@ -428,7 +428,7 @@ def logits(call: Call, convention: Convention) -> Iterator[Change]:
         if x != right:
             yield Change("scale", said, lambda w, x=x: replace(w, scale=x))
     if call.softcap is not None:
-        yield from _softcaps(call.softcap)
+        yield from _softcaps(call.softcap, call.sizes[1])
     if call.bias is not None:
         yield from _biases(right)
     if call.slopes is not None:
@@ -437,7 +437,7 @@ def logits(call: Call, convention: Convention) -> Iterator[Change]:
         yield from _sinks(right)
 
 
-def _softcaps(cap: float) -> Iterator[Change]:
+def _softcaps(cap: float, S: int) -> Iterator[Change]:
     yield Change("softcap", "ignores the softcap", lambda w: replace(w, softcap=None))
     for said, made in (
         ("does not multiply capped logits by the cap again", lambda w, s: np.tanh(s / cap)),
@@ -448,6 +448,15 @@ def _softcaps(cap: float) -> Iterator[Change]:
         yield Change("softcap", said, lambda w, f=made: replace(w, own=f(w, w.scale * w.raw) + w.bias))
     said = "caps what is hidden too, and so gives it the score −cap"
     yield Change("softcap", said, lambda w: _scored(w, None, lambda _: -cap))
+    for t in TILES:
+        if S % t:
+            words = f"{said}, with {-S % t} keys that pad the last tile of {t}"
+            yield Change("softcap", words, lambda w, n=-S % t: _padded_at(w, n, -cap))
+
+
+def _padded_at(w: Written, n: int, score: float) -> Written:
+    """Return the problem with what is hidden, and keys of zeros, at a score."""
+    return replace(_scored(w, None, lambda _: score) or w, pads=w.pads + n * math.exp(score))
 
 
 def _biases(right: float) -> Iterator[Change]:

@@ -23,7 +23,7 @@ FAR = 1e4
 """Answers that are further off than this many allowances of what was asked are not."""
 BEAM = 8
 """How many changes a second one is tried with."""
-WORK = 6e7
+WORK = 1.2e7
 """How many pairs a search for two changes may look at."""
 
 
@@ -134,12 +134,12 @@ def diagnose(
         return Diagnosis(ratio, (), (), 0)
     tried = [_tried(change, change.make, base, seen) for change in _singles(call, convention, base, seen, known)]
     told = [one for one in tried if one.outcome is not None and one.differs]
-    fits = _fitting(told, seen, known)
     count = len(tried)
+    fits = _fitting(told, seen, known, (1, 2))
     if not fits:
         pairs = list(_pairs(told, base, seen))
         count += len(pairs)
-        fits = _fitting(pairs, seen, known)
+        fits = _fitting(pairs, seen, known, (1, 2)) or _fitting(told, seen, known, (3,))
     found = [Explanation(one.kinds, one.said, r, ratio / max(r, 2.0**-20)) for one, r in fits]
     exercised = {kind for one in told for kind in one.kinds}
     axes = {one.axis for one in told} - {None}
@@ -294,9 +294,11 @@ def _libraries(call: Call, convention: Convention) -> Iterator[Change]:
                 yield Change("convention", said, lambda _, c=other: write(call, c), 2)
 
 
-def _fitting(tried: list[_Tried], seen: _Answer, arithmetic: Arithmetic) -> list[tuple[_Tried, float]]:
+def _fitting(
+    tried: list[_Tried], seen: _Answer, arithmetic: Arithmetic, ranks: tuple[int, ...]
+) -> list[tuple[_Tried, float]]:
     """Return those that explain the answer with the fewest assumptions, and how well."""
-    for rank in (1, 2, 3):
+    for rank in ranks:
         some = [one for one in tried if one.rank == rank and one.far < FAR]
         some = sorted(some, key=lambda one: (one.far, one.mean))[:NEAREST]
         with np.errstate(all="ignore"):

@@ -365,13 +365,20 @@ def fitted(w: Written, o: Floats, lse: Floats | None) -> Iterator[Change]:
     factor = _middle(o / np.where(right.o == 0, np.nan, right.o))
     if factor is not None:
         yield Change("output", f"multiplies the output by {factor:.6g}", lambda w, x=factor: _times(w, x), 2)
-    l = np.exp(np.where(np.isfinite(w.normaliser - _end(w)), w.normaliser - _end(w), 0.0))  # noqa: E741
+    with np.errstate(invalid="ignore"):
+        l = np.exp(np.nan_to_num(w.normaliser - _end(w)))  # noqa: E741
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         eps = _middle(l[..., None] * (right.o / np.where(o == 0, np.nan, o) - 1))
     if eps is not None and eps > 0:
         yield Change(
             "row sum", f"divides by the row sum and {eps:.3g}", lambda w, x=eps: _divided(w, lambda l: l / (l + x)), 2
         )
+    if lse is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            more = _middle(np.exp(lse * (LN2 if w.convention.lse == "bits" else 1.0)) - np.exp(w.normaliser))
+        if more is not None and more > 0:
+            said = f"counts {more:.4g} too much in every row sum, as of a key with the score {math.log(more):.4g}"
+            yield Change("padding score", said, lambda w, x=more: replace(w, pads=w.pads + x), 2)
     if lse is not None and np.shape(lse) == right.lse.shape:
         with np.errstate(invalid="ignore"):
             off = _middle(lse - right.lse)

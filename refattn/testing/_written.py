@@ -148,7 +148,7 @@ class Outcome:
             if self.gain is not None:
                 o = o * np.abs(self.gain)[..., None] + np.abs(self.o) * np.expm1(2 * lse)[..., None]
             lse = lse / LN2 if self.basis.convention.lse == "bits" else lse
-            lse = lse + 4 * arithmetic.formats.lse.u * np.abs(self.lse)
+            lse = lse + 4 * arithmetic.formats.lse.u * np.where(np.isfinite(self.lse), np.abs(self.lse), 0.0)
         o, lse = (np.broadcast_to(x, y.shape) for x, y in ((o, self.o), (lse, self.lse)))
         return np.where(np.isnan(o), np.inf, o), np.where(np.isnan(lse), np.inf, lse)
 
@@ -163,7 +163,7 @@ def allowed(w: Written, arithmetic: Arithmetic) -> tuple[Floats, Floats]:
     if w.own is not None:  # what is added to products, but for a number common to the row and weights that are 0
         top = np.where(np.isfinite(w.top), w.top, 0.0)[..., None]
         with np.errstate(invalid="ignore"):
-            bias = w.own - w.scale * w.raw - top
+            bias = (w.own - top) - w.scale * w.raw
             options |= {"softcap": None, "mask": w.seen & (w.own - top > -VANISHED)}
         sink = None if sink is None else sink - top.min((-1, -2))
     bias = np.broadcast_to(np.where(np.isfinite(bias), bias, 0.0), w.raw.shape) if np.any(bias) else None
