@@ -283,23 +283,20 @@ def _sharpen(
 
 
 def _gradients(meaning: Meaning, arithmetic: Arithmetic, names: Iterable[str], do: Any, dlse: Any) -> dict[str, _Right]:
-    def allowed(of: Callable[..., Any]) -> Any:
+    def allowed(what: Arithmetic | str) -> Any:
         def verb(do: Any, q: Any, k: Any, v: Any, **options: Any) -> Any:
-            return of(q, k, v, do=do, **options)
+            return tolerance(what, q, k, v, do=do, **options)
 
         return meaning.gradient_allowance(verb, do, dlse)
 
-    right = meaning.vjp(do, dlse)
-    own, may, usual = (
-        allowed(partial(*f)) for f in ((tolerance, "fp64"), (tolerance, arithmetic), (typical, arithmetic))
-    )
+    right, own, may = meaning.vjp(do, dlse), allowed("fp64"), allowed(arithmetic)
     found: dict[str, _Right] = {}
     for name in names:
         value = getattr(right, name, None)
         if value is None:
             raise ValueError(f"gradients has {name!r}, of which the call has none")
-        bound, near = (np.broadcast_to(getattr(x, name) + getattr(own, name), value.shape) for x in (may, usual))
-        found[name] = _Right(value, bound, near, np.ones(value.shape, np.bool_))
+        bound = np.broadcast_to(getattr(may, name) + getattr(own, name), value.shape)
+        found[name] = _Right(value, bound, np.full(value.shape, np.inf), np.ones(value.shape, np.bool_))
     return found
 
 

@@ -16,8 +16,8 @@ from refattn.heads import matrix
 from refattn.partial import Partial
 from refattn.testing.ball import Ball, precision
 
-MOST = 400_000
-"""Products that ball arithmetic is asked for in one judgement: about a second."""
+MOST = 150_000
+"""Products that ball arithmetic is asked for in one judgement: about half a second."""
 
 
 def reach(sizes: tuple[int, int, int, int], problems: int) -> int:

@@ -1,0 +1,535 @@
+"""Known classes of bugs, each as a change of what the definition is asked: what is seen, what is read, the logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from refattn.conventions import Call, Convention
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, positions, window
+
+TILES = (16, 32, 64, 128, 256)
+"""Tile sizes that are tried."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that a kernel may do otherwise.
+
+    Parameters
+    ----------
+    kind
+        The class of bugs.
+    said
+        What the kernel does, as the rest of a sentence that starts with "your kernel".
+    make
+        The changed problem, or what is answered; None where it does not apply.
+    rank
+        How much it assumes: 1 a named change; 2 one with a number that was fitted; 3 a coarser arithmetic.
+    axis
+        The axis of the convention, where it is another value of one.
+    """
+
+    kind: str
+    said: str
+    make: Callable[[Written], Written | Outcome | None]
+    rank: int = 1
+    axis: str | None = None
+
+
+AXES: dict[str, tuple[str, dict[str, str]]] = {
+    "rows": (
+        "causal alignment",
+        {
+            "bottom-right": "aligns rows to the bottom-right",
+            "top-left": "aligns rows to the top-left: causal starts with row 0 at key 0",
+        },
+    ),
+    "window_rows": (
+        "window alignment",
+        {
+            "bottom-right": "aligns the window to the bottom-right",
+            "top-left": "aligns the window to the top-left",
+        },
+    ),
+    "window": (
+        "window size",
+        {
+            "keys to the left": "keeps one key more in the window: its left number does not count the row's own key",
+            "keys with its own": "keeps one key less in the window: its left number counts the row's own key",
+        },
+    ),
+    "mask": (
+        "mask polarity",
+        {"keep": "sees where the mask is True", "drop": "sees where the mask is False"},
+    ),
+    "bias": (
+        "bias",
+        {
+            "after the scale": "adds the bias after the scale",
+            "before the scale": "adds the bias before the scale, so that it is scaled too",
+        },
+    ),
+    "order": (
+        "order",
+        {
+            "softcap, bias": "caps logits before the bias is added",
+            "bias, softcap": "adds the bias before the softcap, so that it is capped too",
+        },
+    ),
+    "alibi": (
+        "ALiBi",
+        {
+            "signed distance": "multiplies ALiBi's slope with the signed distance",
+            "absolute distance": "multiplies ALiBi's slope with the absolute distance",
+            "key position": "multiplies ALiBi's slope with the key's position",
+        },
+    ),
+    "groups": (
+        "heads",
+        {
+            "interleaved": "lets query head h read key head h // G",
+            "tiled": "lets query head h read key head h mod Hk",
+        },
+    ),
+    "empty": (
+        "empty rows",
+        {
+            "zero": "answers 0 for a row that sees nothing",
+            "NaN": "answers NaN for a row that sees nothing",
+            "mean of v": "answers the mean of v for a row that sees nothing",
+        },
+    ),
+    "empty_lse": (
+        "empty rows",
+        {
+            "-inf": "gives a row that sees nothing the lse −∞",
+            "+inf": "gives a row that sees nothing the lse +∞",
+            "0": "gives a row that sees nothing the lse 0",
+        },
+    ),
+    "lse": ("lse", {"nats": "gives lse in nats", "bits": "gives lse in log2"}),
+    "sink": (
+        "sink",
+        {"counted": "counts the sink in lse", "not counted": "leaves the sink out of lse"},
+    ),
+}
+"""By axis: the class of bugs, and what a kernel does that has a value there."""
+
+
+def seeing(call: Call, convention: Convention) -> Iterator[Change]:
+    """Yield changes of which pairs are seen."""
+    j = np.arange(call.sizes[1])
+    yield from _sources(call, convention)
+    if call.causal:
+        yield from _causal(call, convention)
+    elif call.sizes[0] > 1:
+        for rows in ("bottom-right", "top-left"):
+            later = j <= positions(call, rows)
+            said = f"is causal ({rows}), which was not asked"
+            yield Change("causal ignored", said, lambda w, x=later: w.hiding(causal=x))
+    if call.window is not None:
+        yield from _windows(call, convention)
+    if call.mask is not None:
+        yield from _masks()
+    if call.lengths is not None:
+        ends: Any = np.asarray(call.lengths)[:, None, None, None]
+        for said, x in (
+            ("gives every batch the first one's length", ends[:1]),
+            ("gives every batch the longest one's length", ends.max(keepdims=True)),
+            ("sees one key after a batch's length", ends + 1),
+            ("misses the last key of a batch's length", ends - 1),
+        ):
+            yield Change("lengths", said, lambda w, x=x: w.hiding(lengths=j < x))
+    if call.starts is not None:
+        yield from _packed(call, convention)
+
+
+def _sources(call: Call, convention: Convention) -> Iterator[Change]:
+    """Yield what may be done to any source of masking: ignored, applied too late, or with a score instead of −∞."""
+    words = {
+        "lengths": "lengths",
+        "causal": "causal ignored",
+        "window": "window ignored",
+        "mask": "mask ignored",
+        "packing": "packing",
+    }
+    for source, kind in words.items():
+        if _source_given(call, source):
+            yield Change(kind, f"ignores {_name(source)}", lambda w, s=source: w.without(s))
+            late = f"applies {_name(source)} after the softmax: hidden keys count in the row sum"
+            yield Change("mask order", late, lambda w, s=source: _late(w, s))
+            yield from _scores(source, _name(source))
+    yield Change("mask order", "hides keys after the softmax: they count in the row sum", lambda w: _late(w, None))
+    yield from _scores(None, "any mask")
+
+
+def _scores(source: str | None, name: str) -> Iterator[Change]:
+    for score in (0.0, -1e4, -5e4, -65504.0, -1e5, -1e9, -1e30, float(np.finfo(np.float32).min)):
+        said = f"gives what {name} hides the score {score:g} instead of −∞"
+        yield Change("padding score", said, lambda w, s=source, c=score: _scored(w, s, lambda _: c))
+    for drop in (1.0, 10.0, 100.0, 1e3, 1e4):
+        said = f"lowers what {name} hides by {drop:g} only"
+        yield Change("padding score", said, lambda w, s=source, c=drop: _scored(w, s, lambda x: x - c))
+
+
+def _name(source: str) -> str:
+    return {"causal": "causal", "packing": "the bounds of packed sequences"}.get(source, f"the {source}")
+
+
+def _source_given(call: Call, source: str) -> bool:
+    return (
+        bool(call.causal)
+        if source == "causal"
+        else getattr(call, {"packing": "starts"}.get(source, source)) is not None
+    )
+
+
+def _hidden_by(w: Written, source: str | None) -> Bools:
+    if source is None:
+        return ~w.seen
+    return w.without(source).seen & ~w.seen if source in w.sight else np.zeros_like(w.seen)
+
+
+def _scored(w: Written, source: str | None, score: Callable[[Floats], Floats | float]) -> Written | None:
+    """Return the problem with what a source hides at a score."""
+    hidden = _hidden_by(w, source)
+    if not hidden.any():
+        return None
+    w = replace(w, sight={"all": w.seen | hidden})
+    with np.errstate(invalid="ignore"):
+        s = np.where(hidden, score(w.logits), w.logits)
+    return replace(w, own=s)
+
+
+def _late(w: Written, source: str | None) -> Outcome | None:
+    """Return what is answered where what a source hides counts in the row sum alone."""
+    hidden = _hidden_by(w, source)
+    if not hidden.any():
+        return None
+    whole = replace(w, sight={"all": w.seen | hidden})
+    lse = whole.normaliser
+    with np.errstate(invalid="ignore"):
+        gain = np.where(np.isneginf(w.normaliser), 0.0, np.exp(w.normaliser - lse))
+    return Outcome(averaged(w.masked, w.v, lse), based(w, lse), w, gain, whole)
+
+
+def based(w: Written, lse: Floats) -> Floats:
+    """Return lse in the convention's base."""
+    return lse / LN2 if w.convention.lse == "bits" else lse
+
+
+def _causal(call: Call, convention: Convention) -> Iterator[Change]:
+    (T, S), p = call.sizes, positions(call, convention.rows)
+    i, j = np.arange(T)[:, None], np.arange(S)
+    for off in (-2, -1, 1, 2):
+        said = f"lets a row see {off} key{'s' * (off > 1)} after its own"
+        if off < 0:
+            said = "does not let a row see its own key" if off == -1 else "hides a row's own key and the one before"
+        yield Change("causal diagonal", said, lambda w, x=j <= p + off: w.hiding(causal=x))
+    yield Change("causal direction", "sees what comes after a row", lambda w: w.hiding(causal=j >= p))
+    said = "aligns the last row to the end of all keys, whatever the lengths"
+    yield Change("causal alignment", said, lambda w: w.hiding(causal=j <= i + S - T))
+    yield Change("causal alignment", "aligns row 0 to key 0 of all", lambda w: w.hiding(causal=j <= i))
+    heads, few = (np.shape(x)[-3] if np.ndim(x) > 2 else 1 for x in (call.q, call.k))
+    if heads > few:
+        group = heads // few
+        said = "divides a row's index by the number of query heads in a group"
+        yield Change("row positions", said, lambda w: w.hiding(causal=j <= p - i + i // group))
+    for t in TILES:
+        if t < max(S, T):
+            said = f"decides causal by whole tiles of {t}"
+            yield Change("causal diagonal", said, lambda w, x=j // t <= p // t: w.hiding(causal=x))
+            first = p[..., np.arange(T) // t * t, :]
+            for more, which in (
+                (0, "ends after the first row of"),
+                (t, "reaches beyond the tile after the first row of"),
+            ):
+                said = f"skips a tile of {t} keys that {which} a tile of rows"
+                kept = (j // t + 1) * t <= first + more
+                yield Change("tile edges", said, lambda w, x=kept: w.hiding(tiles=x))
+
+
+def _windows(call: Call, convention: Convention) -> Iterator[Change]:
+    assert call.window is not None
+    left, right = call.window
+
+    def other(kind: str, said: str, left: int | None, right: int | None) -> Change:
+        x = window(call, convention, left, right)
+        return Change(kind, said, lambda w: w.hiding(window=x))
+
+    for off in (1, 2, -1, -2):
+        word = f"{'one key' if abs(off) == 1 else 'two keys'} too {'many' if off > 0 else 'few'}"
+        if left is not None:
+            yield other("window size", f"keeps {word} on the window's left", left + off, right)
+        if right is not None:
+            yield other("window size", f"keeps {word} on the window's right", left, right + off)
+    if left is not None:
+        yield other("window ignored", "ignores the window on its left", None, right)
+        yield other("window size", "takes the window's left for both sides", left, left)
+        p, j = positions(call, convention.window_rows), np.arange(call.sizes[1])
+        for length in {left, left + 1}:
+            if length > 0:
+                blocks = (j // length == p // length) & window(call, convention, None, right)
+                said = f"cuts keys into blocks of {length} instead of a window that slides"
+                yield Change("window shape", said, lambda w, x=blocks: w.hiding(window=x))
+    if right is not None:
+        yield other("window ignored", "ignores the window on its right", left, None)
+    for number in (-1, 0):
+        if left is None or right is None:
+            said = f"takes no limit of the window for the number {number}"
+            yield other("window sentinel", said, *(number if x is None else x for x in (left, right)))
+
+
+def _masks() -> Iterator[Change]:
+    for said, pick in (
+        ("reads the first batch's mask in every batch", lambda x: x[:1] if x.ndim > 3 else x),
+        ("reads the first head's mask in every head", lambda x: x[..., :1, :, :] if x.ndim > 2 else x),
+        ("reads the first mask everywhere", lambda x: x[:1, :1] if x.ndim > 3 else x[:1] if x.ndim > 2 else x),
+        ("reads row 0 of the mask in every row", lambda x: x[..., :1, :]),
+        ("reads the mask transposed", lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x),
+    ):
+        kind = "mask broadcast"
+        yield Change(kind, said, lambda w, f=pick: w.hiding(mask=f(w.sight["mask"])) if "mask" in w.sight else None)
+
+
+def _packed(call: Call, convention: Convention) -> Iterator[Change]:
+    assert call.starts is not None
+    (T, S), (cq, ck) = call.sizes, (np.asarray(x) for x in call.starts)
+    i, j = np.arange(T), np.arange(S)
+    own, near = (np.searchsorted(cq, i, "right")[:, None], np.searchsorted(ck, np.c_[j, j - 1, j + 1].T, "right"))
+    yield Change(
+        "packing",
+        "ends a sequence's keys one key too late",
+        lambda w: w.hiding(packing=(own == near[0]) | (own == near[1])),
+    )
+    yield Change(
+        "packing",
+        "starts a sequence's keys one key too early",
+        lambda w: w.hiding(packing=(own == near[0]) | (own == near[2])),
+    )
+    yield Change("packing", "lets a sequence see those before it", lambda w: w.hiding(packing=own >= near[0]))
+    if call.causal:
+        for said, x in (
+            ("counts causal over the whole packed array", j <= i[:, None]),
+            ("counts causal from the end of the whole packed array", j <= i[:, None] + S - T),
+        ):
+            yield Change("packing", said, lambda w, x=x: w.hiding(causal=x))
+
+
+def reading(call: Call, convention: Convention) -> Iterator[Change]:
+    """Yield changes of which numbers of q, k and v are read."""
+    heads, few = (np.shape(x)[-3] if np.ndim(x) > 2 else 1 for x in (call.q, call.k))
+    if few > 1:
+        h = np.arange(heads)
+        for said, own in (
+            ("lets query head h read key head h // Hk", np.minimum(h // few, few - 1)),
+            ("lets every query head read the first key head", 0 * h),
+            ("lets every query head read the last key head", 0 * h + few - 1),
+            ("lets query head h read the key head after its own", (h // (heads // few) + 1) % few),
+        ):
+            yield Change("heads", said, lambda w, own=own: _heads(w, call, own))
+    yield from _batches(call)
+    for name, many in (("q", "queries"), ("k", "keys"), ("v", "values")):
+        x = np.asarray(getattr(call, name))
+        flat = x.ravel("K").reshape(x.shape)
+        yield Change(
+            "layout",
+            f"reads {many} as they lie in memory, not by their strides",
+            lambda w, n=name, x=flat: _put(w, call, **{n: x}),
+        )
+        if x.ndim > 2 and x.shape[-3] > 1:
+            y = x.reshape(*x.shape[:-3], x.shape[-2], x.shape[-3], -1).swapaxes(-2, -3)
+            yield Change("layout", f"swaps heads and tokens of {many}", lambda w, n=name, x=y: _put(w, call, **{n: x}))
+    yield Change("values", "returns K for V", _keys_as_values)
+    yield Change("values", "shifts values by one key", lambda w: w.reading(v=np.roll(w.v, 1, -2)))
+    yield Change("values", "shifts values by one key the other way", lambda w: w.reading(v=np.roll(w.v, -1, -2)))
+    D, E = np.shape(call.q)[-1], np.shape(call.v)[-1]
+    for t in (4, 8, 16, 32, 64, 128, D // 2, D - 1):
+        for width, said in ((D // max(t, 1) * t, f"multiplies whole {t}s"), (min(t, D), f"multiplies the first {t}")):
+            if 0 < width < D:
+                said = f"{said} of the width of q and k only, {width} of {D}"
+                yield Change("head dim", said, lambda w, n=width: _narrow(w, n))
+    for width in {D, *(E // t * t for t in (4, 8, 16, 32, 64, 128)), 64, 128}:
+        if 0 < width < E:
+            said = f"leaves columns of the output from {width} on 0"
+            yield Change("head dim", said, lambda w, n=width: w.reading(v=w.v * (np.arange(w.v.shape[-1]) < n)))
+
+
+def _heads(w: Written, call: Call, own: Any) -> Written:
+    return w.reading(**{n: _wide(np.asarray(getattr(call, n), np.float64)[..., own, :, :], w, n) for n in ("k", "v")})
+
+
+def _wide(x: Floats, w: Written, name: str) -> Floats:
+    return np.broadcast_to(x, getattr(w, name).shape)
+
+
+def _put(w: Written, call: Call, **given: Any) -> Written | None:
+    heads = w.q.shape[-3]
+    found: dict[str, Floats] = {}
+    for name, x in given.items():
+        x = np.asarray(x, np.float64)
+        if np.array_equal(x, np.asarray(getattr(call, name), np.float64), equal_nan=True):
+            return None
+        few = x.shape[-3] if x.ndim > 2 else 1
+        tiled = w.convention.groups == "tiled"
+        own = np.arange(heads) % few if tiled else np.arange(heads) // (heads // few)
+        found[name] = _wide(x[..., own, :, :] if x.ndim > 2 else x, w, name)
+    return w.reading(**found)
+
+
+def _batches(call: Call) -> Iterator[Change]:
+    for name, many in (("k", "keys"), ("v", "values")):
+        if np.ndim(getattr(call, name)) > 3 and np.shape(getattr(call, name))[0] > 1:
+            said = f"reads the first batch's {many} in every batch"
+            yield Change("batches", said, lambda w, n=name: w.reading(**{n: _wide(getattr(w, n)[:1], w, n)}))
+    if np.ndim(call.k) > 3 and np.shape(call.k)[0] > 1:
+        said = "reads the first batch's keys and values in every batch"
+        yield Change("batches", said, lambda w: w.reading(k=_wide(w.k[:1], w, "k"), v=_wide(w.v[:1], w, "v")))
+
+
+def _keys_as_values(w: Written) -> Written:
+    width = w.v.shape[-1]
+    return w.reading(v=np.concatenate([w.k] * -(-width // w.k.shape[-1]), -1)[..., :width])
+
+
+def _narrow(w: Written, width: int) -> Written:
+    kept = np.arange(w.q.shape[-1]) < width
+    return w.reading(q=w.q * kept, k=w.k * kept)
+
+
+def logits(call: Call, convention: Convention) -> Iterator[Change]:
+    """Yield changes of how logits are made of products."""
+    D, E = np.shape(call.q)[-1], np.shape(call.v)[-1]
+    right = D**-0.5 if call.scale is None else call.scale
+    others = {
+        "does not scale logits": 1.0,
+        "scales logits twice": right**2,
+        "divides by the scale": 1 / right,
+        "scales with 1/D": 1 / D,
+        f"scales with 1/√{E}, the width of v": E**-0.5,
+        "scales with the fourth root of 1/D": D**-0.25,
+        "multiplies logits by log₂e before a natural exponential": right / LN2,
+        "multiplies logits by ln 2 before a natural exponential": right * LN2,
+        "has logits of the other sign": -right,
+    }
+    if call.scale is not None:
+        others["ignores the scale and takes 1/√D"] = D**-0.5
+    for t in (8, 16, 32, 64, 128):
+        others.setdefault(
+            f"scales with 1/√{-(-D // t) * t}: the width of q and k rounded up to {t}s", (-(-D // t) * t) ** -0.5
+        )
+    others.setdefault("scales by the width rounded up to a power of two", (1 << (D - 1).bit_length()) ** -0.5)
+    for said, x in others.items():
+        if x != right:
+            yield Change("scale", said, lambda w, x=x: replace(w, scale=x))
+    if call.softcap is not None:
+        yield from _softcaps(call.softcap, call.sizes[1])
+    if call.bias is not None:
+        yield from _biases(right)
+    if call.slopes is not None:
+        yield from _slopes(call, right)
+    if call.sink is not None:
+        yield from _sinks(right)
+
+
+def _softcaps(cap: float, S: int) -> Iterator[Change]:
+    yield Change("softcap", "ignores the softcap", lambda w: replace(w, softcap=None))
+    for said, made in (
+        ("does not multiply capped logits by the cap again", lambda w, s: np.tanh(s / cap)),
+        ("does not divide logits by the cap", lambda w, s: cap * np.tanh(s)),
+        ("caps logits before the scale", lambda w, s: w.scale * cap * np.tanh(w.raw / cap)),
+        ("clips logits at the cap", lambda w, s: np.clip(s, -cap, cap)),
+    ):
+        yield Change("softcap", said, lambda w, f=made: replace(w, own=f(w, w.scale * w.raw) + w.bias))
+    said = "caps what is hidden too, and so gives it the score −cap"
+    yield Change("softcap", said, lambda w: _scored(w, None, lambda _: -cap))
+    for t in TILES:
+        if S % t:
+            words = f"{said}, with {-S % t} keys that pad the last tile of {t}"
+            yield Change("softcap", words, lambda w, n=-S % t: _padded_at(w, n, -cap))
+
+
+def _padded_at(w: Written, n: int, score: float) -> Written:
+    """Return the problem with what is hidden, and keys of zeros, at a score."""
+    return replace(_scored(w, None, lambda _: score) or w, pads=w.pads + n * math.exp(score))
+
+
+def _biases(right: float) -> Iterator[Change]:
+    for said, factor in (
+        ("ignores the bias", 0.0),
+        ("does not turn the bias into bits, as logits are: it counts ln 2 times", LN2),
+        ("counts the bias log₂e times", 1 / LN2),
+        ("subtracts the bias", -1.0),
+        ("adds the bias twice", 2.0),
+        ("adds the bias before the scale", right),
+        ("divides the bias by the scale", 1 / right),
+    ):
+        yield Change("bias", said, lambda w, x=factor: replace(w, bias=w.bias * x))
+    for said, pick in (
+        ("reads the first batch's bias in every batch", lambda x: x[:1] if x.ndim > 3 else x),
+        ("reads the first head's bias in every head", lambda x: x[..., :1, :, :] if x.ndim > 2 else x),
+        ("reads the first bias everywhere", lambda x: x[:1, :1] if x.ndim > 3 else x[:1] if x.ndim > 2 else x),
+        ("reads row 0 of the bias in every row", lambda x: x[..., :1, :]),
+        ("reads the bias transposed", lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x),
+    ):
+        yield Change("bias", said, lambda w, f=pick: replace(w, bias=f(w.bias)))
+
+
+def _slopes(call: Call, right: float) -> Iterator[Change]:
+    slopes = np.asarray(call.slopes, np.float64)
+    heads = slopes.shape[-1]
+    h = np.arange(1, heads + 1)
+    near = 2.0 ** round(math.log2(heads)) if heads else 1.0
+    for said, x in (
+        ("ignores ALiBi", 0 * slopes),
+        ("favours distant keys: ALiBi has the other sign", -slopes),
+        ("gives each head the slope of the head after it", np.roll(slopes, -1, -1)),
+        ("gives each head the slope of the head before it", np.roll(slopes, 1, -1)),
+        ("gives every head the first one's slope", slopes[..., :1]),
+        ("gives heads the slopes in reverse", slopes[..., ::-1]),
+        ("scales ALiBi too", slopes * right),
+        ("does not turn ALiBi into bits, as logits are: it counts ln 2 times", slopes * LN2),
+        ("counts ALiBi log₂e times", slopes / LN2),
+        ("has the slopes of the nearest power of two of heads", 2.0 ** (-8 * h / near)),
+        ("starts slopes with the exponent 0", 2.0 ** (-8 * (h - 1) / max(heads, 1))),
+    ):
+        ratio = np.divide(x, slopes, out=np.ones(np.broadcast_shapes(x.shape, slopes.shape)), where=slopes != 0)
+        yield Change("ALiBi", said, lambda w, r=ratio: replace(w, bias=w.bias * r[..., None, None]))
+
+
+def _sinks(right: float) -> Iterator[Change]:
+    yield Change("sink", "ignores the sink", lambda w: replace(w, sink=None))
+    for n in (2, 3, 4, 8):
+        said = f"counts the sink {n} times, as if once a split"
+        yield Change("sink", said, lambda w, n=n: _sink(w, lambda s: s + math.log(n)))
+    for said, factor in (
+        ("scales the sink as logits are", right),
+        ("does not turn the sink into bits, as logits are: it counts ln 2 times", LN2),
+        ("counts the sink log₂e times", 1 / LN2),
+        ("has the sink with the other sign", -1.0),
+    ):
+        yield Change("sink", said, lambda w, x=factor: _sink(w, lambda s: s * x))
+    yield Change(
+        "sink", "has every head's first sink", lambda w: _sink(w, lambda s: np.broadcast_to(s[..., :1], s.shape))
+    )
+    yield Change("sink", "gives the sink a part in the maximum and not in the row sum", _sink_in_maximum)
+
+
+def _sink(w: Written, change: Callable[[Floats], Floats]) -> Written | None:
+    return None if w.sink is None else replace(w, sink=change(w.sink))
+
+
+def _sink_in_maximum(w: Written) -> Outcome | None:
+    if w.sink is None:
+        return None
+    plain = replace(w, sink=None)
+    gain = np.exp(np.minimum(w.top - w.sink[..., None], 0.0))
+    lse = plain.normaliser - w.top + np.maximum(w.top, w.sink[..., None])
+    lse = np.where(np.isneginf(w.top), -np.inf, lse)
+    o = gain[..., None] * averaged(plain.masked, w.v, plain.normaliser)
+    return Outcome(np.where(np.isneginf(w.top)[..., None], 0.0, o), based(w, lse), w)

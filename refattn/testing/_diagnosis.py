@@ -1,0 +1,330 @@
+"""What would explain a wrong answer: a search through changes of meaning and known classes of bugs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
+from refattn.testing import _changes, _online_changes
+from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._changes import AXES, Change
+from refattn.testing._written import Bools, Floats, Outcome, Written, write
+
+NEAREST = 24
+"""How many of the nearest answers are given their own allowance."""
+FAR = 1e4
+"""Answers that are further off than this many allowances of what was asked are not."""
+BEAM = 8
+"""How many changes a second one is tried with."""
+WORK = 1.2e7
+"""How many pairs a search for two changes may look at."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A change that explains the answer to rounding.
+
+    Parameters
+    ----------
+    kinds
+        The classes of bugs that it belongs to.
+    said
+        What the kernel does, as a sentence.
+    ratio
+        The largest error ÷ bound with the change, at most 1.
+    confidence
+        The largest error ÷ bound without it, over that with it.
+    """
+
+    kinds: tuple[str, ...]
+    said: str
+    ratio: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What explains an answer: all changes that fit and that the problem cannot tell apart.
+
+    Parameters
+    ----------
+    ratio
+        The largest error ÷ bound of the answer as it is; ∞ where a number should be finite and is not.
+    explanations
+        The changes that fit, the nearest first; none is an answer.
+    unexercised
+        Axes of the convention, and classes of bugs, of which this problem would show nothing.
+    tried
+        How many changes were tried.
+    """
+
+    ratio: float
+    explanations: tuple[Explanation, ...]
+    unexercised: tuple[str, ...]
+    tried: int
+
+    def __str__(self) -> str:
+        """Say it in a few sentences."""
+        if self.ratio <= 1:
+            return f"nothing is to be explained: the largest error is {self.ratio:.3g} of its bound"
+        if not self.explanations:
+            return f"not explained by anything known: {self.tried} changes were tried"
+        best = self.explanations[0]
+        lines = [f"your kernel {best.said} (error ÷ bound {_short(self.ratio)} without this, {best.ratio:.2g} with it)"]
+        more = self.explanations[1:]
+        if more:
+            lines.append("this problem cannot tell it from:")
+            lines += [f"  your kernel {one.said} ({one.ratio:.2g})" for one in more[:4]]
+            lines += [f"  and {len(more) - 4} more"] if len(more) > 4 else []
+        return "\n".join(lines)
+
+
+def diagnose(
+    call: Call,
+    convention: Convention,
+    o: ArrayLike,
+    lse: ArrayLike | None = None,
+    arithmetic: Arithmetic | str = "fp32",
+) -> Diagnosis:
+    r"""Search for what explains a kernel's answer.
+
+    Single changes are tried first: each other value of each axis of the convention, the convention of each library,
+    and each known class of bugs, some with a number that is fitted. A change explains the answer if
+
+    .. math:: |\mathrm{actual} - \mathrm{changed}| \le \mathrm{tolerance}(\mathrm{changed})
+
+    for every element of o, and of lse if it is given. Two changes together are tried where no single one does.
+
+    Parameters
+    ----------
+    call, convention
+        What was asked, and what it means.
+    o : (..., H, T, E)
+        What the kernel answered.
+    lse : (..., H, T), optional
+        Its log-sum-exp, which tells more.
+    arithmetic
+        What the kernel computes in.
+
+    Raises
+    ------
+    ValueError
+        An answer of another shape than the call has.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> call = Call(q=rng.standard_normal((1, 2, 8)), k=rng.standard_normal((1, 5, 8)),
+    ...             v=rng.standard_normal((1, 5, 8)), causal=True)
+    >>> print(diagnose(call, Convention(), call.under(Convention(rows="top-left")).answer().o).explanations[0].said)
+    aligns rows to the top-left: causal starts with row 0 at key 0
+    """
+    known = arithmetic_of(arithmetic)
+    base = write(call, convention)
+    seen = _Answer.of(base, known, o, lse)
+    ratio = seen.ratio(base.outcome(), known)
+    if ratio <= 1:
+        return Diagnosis(ratio, (), (), 0)
+    tried = [_tried(change, change.make, base, seen) for change in _singles(call, convention, base, seen, known)]
+    told = [one for one in tried if one.outcome is not None and one.differs]
+    count = len(tried)
+    fits = _fitting(told, seen, known, (1, 2))
+    if not fits:
+        pairs = list(_pairs(told, base, seen))
+        count += len(pairs)
+        fits = _fitting(pairs, seen, known, (1, 2)) or _fitting(told, seen, known, (3,))
+    found = [Explanation(one.kinds, one.said, r, ratio / max(r, 2.0**-20)) for one, r in fits]
+    exercised = {kind for one in told for kind in one.kinds}
+    axes = {one.axis for one in told} - {None}
+    missing = [f"axis {name}" for name in AXES if name not in axes]
+    missing += [kind for kind in dict.fromkeys(k for one in tried for k in one.kinds) if kind not in exercised]
+    return Diagnosis(ratio, tuple(found), tuple(missing), count)
+
+
+def shared(diagnoses: Iterable[Diagnosis]) -> tuple[str, ...]:
+    """Return the classes that explain most of the answers of one kernel, those that explain more first.
+
+    >>> shared([])
+    ()
+    """
+    votes: dict[str, float] = {}
+    for one in diagnoses:
+        kinds = dict.fromkeys(kind for x in one.explanations for kind in x.kinds)
+        for n, kind in enumerate(kinds):
+            votes[kind] = votes.get(kind, 0.0) + 1 - n / 1024
+    return tuple(sorted(votes, key=lambda kind: -votes[kind]))
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a kernel answered, and what is allowed of it as it was asked."""
+
+    o: Floats
+    lse: Floats | None
+    judged: tuple[Bools, Bools]
+    own: tuple[Floats, Floats]
+
+    @classmethod
+    def of(cls, w: Written, arithmetic: Arithmetic, o: ArrayLike, lse: ArrayLike | None) -> _Answer:
+        right = w.outcome()
+        found: list[Any] = []
+        for name, x, like in (("o", o, right.o), ("lse", lse, right.lse)):
+            x = None if x is None else np.asarray(x, np.float64)
+            if x is not None and x.size != like.size:
+                raise ValueError(f"{name} has shape {x.shape}; expected {like.shape}")
+            found.append(None if x is None else x.reshape(like.shape))
+        how = w.convention
+        judged = ~(w.empty & (how.empty == "any")), ~(w.empty & (how.empty_lse == "any"))
+        return cls(*found, (judged[0][..., None], judged[1]), right.allowance(arithmetic))
+
+    def ratios(self, outcome: Outcome, allowed: tuple[Floats, Floats]) -> Iterator[Floats]:
+        """Yield error ÷ bound of o, and of lse where it is given."""
+        pairs = ((self.o, outcome.o), (self.lse, outcome.lse))
+        for (x, y), bound, own, judged in zip(pairs, allowed, self.own, self.judged, strict=True):
+            if x is not None:
+                bound = np.where(np.isfinite(bound), bound, own)
+                yield np.where(judged, _ratio(x, y, bound), 0.0)
+
+    def ratio(self, outcome: Outcome, arithmetic: Arithmetic) -> float:
+        """Return the largest error ÷ bound, the bound that of the changed problem."""
+        return _largest(self.ratios(outcome, outcome.allowance(arithmetic)))
+
+    def differs(self, a: Outcome, b: Outcome) -> bool:
+        """Whether two answers are further apart than the bound of both."""
+        pairs = zip((a.o, a.lse), (b.o, b.lse), self.own, (self.o, self.lse), strict=True)
+        return any(bool((_ratio(x, y, 2 * bound) > 1).any()) for x, y, bound, given in pairs if given is not None)
+
+
+def _ratio(x: Floats, y: Floats, bound: Floats) -> Floats:
+    """Return |x − y| ÷ bound; NaN in y stands for anything that is not finite."""
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        error = np.abs(x - y)
+        error = np.where((x == y) | (np.isnan(y) & ~np.isfinite(x)), 0.0, np.where(np.isnan(error), np.inf, error))
+        return np.where(error == 0, 0.0, np.where(np.isinf(bound), 0.0, error / bound))
+
+
+def _largest(parts: Iterable[Floats]) -> float:
+    return max((float(x.max(initial=0.0)) for x in parts), default=0.0)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A change, or two, with what it answers and how near that is to what was answered."""
+
+    changes: tuple[Change, ...]
+    outcome: Outcome | None
+    changed: Written | None
+    far: float
+    mean: float
+    differs: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(change.kind for change in self.changes))
+
+    @property
+    def said(self) -> str:
+        return ", and ".join(change.said for change in self.changes)
+
+    @property
+    def rank(self) -> int:
+        return max(change.rank for change in self.changes)
+
+    @property
+    def axis(self) -> str | None:
+        return next((change.axis for change in self.changes if change.axis), None)
+
+
+def _tried(change: Change, make: Any, w: Written, seen: _Answer, first: tuple[Change, ...] = ()) -> _Tried:
+    with np.errstate(all="ignore"):
+        made: Written | Outcome | None = make(w)
+        outcome = made.outcome() if isinstance(made, Written) else made
+        changed = made if isinstance(made, Written) else None
+        changes = (*first, change)
+        if outcome is None or outcome.o.shape != seen.o.shape:
+            return _Tried(changes, None, None, math.inf, math.inf, False)
+        if outcome.arithmetic is not None:
+            return _Tried(changes, outcome, changed, 0.0, math.inf, True)
+        parts = list(seen.ratios(outcome, seen.own))
+        mean = sum(float(np.log1p(np.minimum(x, 1e6)).mean()) for x in parts if x.size)
+        right = w.outcome()
+        return _Tried(changes, outcome, changed, _largest(parts), mean, seen.differs(outcome, right))
+
+
+def _singles(call: Call, convention: Convention, w: Written, seen: _Answer, known: Arithmetic) -> Iterator[Change]:
+    for axis, value, other in neighbours(convention):
+        kind, words = AXES[axis]
+        yield Change(kind, words[value], lambda _, c=other: write(call, c), axis=axis)
+    yield from _libraries(call, convention)
+    yield from _changes.seeing(call, convention)
+    yield from _changes.reading(call, convention)
+    yield from _changes.logits(call, convention)
+    yield from _online_changes.tiling(call)
+    yield from _online_changes.online(call)
+    yield from _online_changes.sums(call)
+    yield from _online_changes.splits(call)
+    yield from _online_changes.precision(known)
+    yield from _online_changes.fitted(w, seen.o, seen.lse)
+
+
+def _libraries(call: Call, convention: Convention) -> Iterator[Change]:
+    """Yield the conventions of libraries that differ on more than one axis."""
+    done = {convention}
+    for library in LIBRARIES:
+        try:
+            known: dict[str, Profile] = importlib.import_module(f"refattn.conventions.{library}").PROFILES
+        except ModuleNotFoundError:
+            continue
+        for name, profile in known.items():
+            other = profile.convention
+            apart = [f.name for f in fields(Convention) if getattr(other, f.name) != getattr(convention, f.name)]
+            opened = {axis: getattr(convention, axis) for axis in apart if getattr(other, axis) == "any"}
+            other = replace(other, **opened)
+            apart = [axis for axis in apart if axis not in opened]
+            if other not in done and len(apart) > 1:
+                done.add(other)
+                said = f"means what {name} means: it " + ", ".join(AXES[a][1][getattr(other, a)] for a in apart)
+                yield Change("convention", said, lambda _, c=other: write(call, c), 2)
+
+
+def _fitting(
+    tried: list[_Tried], seen: _Answer, arithmetic: Arithmetic, ranks: tuple[int, ...]
+) -> list[tuple[_Tried, float]]:
+    """Return those that explain the answer with the fewest assumptions, and how well."""
+    for rank in ranks:
+        some = [one for one in tried if one.rank == rank and one.far < FAR]
+        some = sorted(some, key=lambda one: (one.far, one.mean))[:NEAREST]
+        with np.errstate(all="ignore"):
+            fits = [(one, seen.ratio(one.outcome, arithmetic)) for one in some if one.outcome is not None]
+        fits = sorted(((one, r) for one, r in fits if r <= 1), key=lambda x: x[1])
+        if fits:
+            return fits if rank < 3 else fits[::-1][:3]  # of coarser arithmetics the least coarse says most
+    return []
+
+
+def _pairs(tried: list[_Tried], w: Written, seen: _Answer) -> Iterator[_Tried]:
+    """Yield two changes together: those that come nearest alone, with every other."""
+    room = int(WORK / max(w.raw.size, 1000))
+    some = sorted((one for one in tried if one.rank < 3 and one.changed is not None), key=lambda one: one.mean)
+    for first in some[:BEAM]:
+        for second in tried:
+            if second.changes == first.changes or second.axis or second.rank > 1:
+                continue
+            room -= 1
+            if room < 0:
+                return
+            assert first.changed is not None
+            both = _tried(second.changes[0], second.changes[0].make, first.changed, seen, first.changes)
+            if both.outcome is not None:
+                yield both
+
+
+def _short(x: float) -> str:
+    return "not finite" if math.isinf(x) else f"{x:.3g}"

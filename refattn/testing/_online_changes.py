@@ -1,0 +1,452 @@
+"""Known classes of bugs of the online softmax: tiles, rescaling, the row sum, lse, splits, precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from refattn.conventions import Call
+from refattn.testing._arithmetic import Arithmetic
+from refattn.testing._changes import TILES, Change, based
+from refattn.testing._formats import FORMATS, Format
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, summed
+
+OVERFLOW = math.log(float(np.finfo(np.float32).max))
+"""The largest number whose exponential float32 holds."""
+FEW = 16
+"""Single tiles are tried where there are no more than this."""
+
+
+def tiling(call: Call) -> Iterator[Change]:
+    """Yield changes of which tiles are visited, and how often."""
+    (T, S), j = call.sizes, np.arange(call.sizes[1])
+    kind = "tile edges"
+    if S > 1:
+        yield Change(kind, "drops the last key", lambda w: w.hiding(tiles=_before_end(w, 1)))
+        yield Change(kind, "drops the last key of all", lambda w: w.hiding(tiles=j < S - 1))
+        yield Change(kind, "drops the first key", lambda w: w.hiding(tiles=j > 0))
+        yield Change(kind, "counts the last key twice", lambda w: _counted(w, j == S - 1))
+    for t in (8, *TILES):
+        if t < S:
+            tail = S % t
+            if tail:
+                yield Change(
+                    kind,
+                    f"drops the last {tail} keys, a tile of {t} that is not whole",
+                    lambda w, n=S - tail: w.hiding(tiles=j < n),
+                )
+            last = j >= (S - 1) // t * t
+            yield Change(kind, f"counts the last tile of {t} keys twice", lambda w, x=last: _counted(w, x))
+            yield Change(
+                kind,
+                f"counts the first key of each tile of {t} twice",
+                lambda w, x=(j % t == 0) & (j > 0): _counted(w, x),
+            )
+            yield Change(
+                kind,
+                f"counts the last key of each tile of {t} twice",
+                lambda w, x=(j % t == t - 1) & (j < S - 1): _counted(w, x),
+            )
+            yield Change(kind, f"sees the first tile of {t} keys only", lambda w, n=t: w.hiding(tiles=j < n))
+            if S // t < FEW:
+                for n in range(-(-S // t)):
+                    yield Change(
+                        kind,
+                        f"drops keys {n * t} to {min(n * t + t, S) - 1}, a tile of {t}",
+                        lambda w, x=j // t != n: w.hiding(tiles=x),
+                    )
+        if S % t:
+            said = f"sees {-S % t} keys of zeros that pad the last tile of {t}"
+            yield Change("padding score", said, lambda w, n=-S % t: replace(w, pads=w.pads + n))
+        if t < T and T % t:
+            said = f"leaves the last {T % t} rows, a tile of {t} that is not whole, 0"
+            yield Change(kind, said, lambda w, n=T - T % t: _rows_lost(w, np.arange(T) >= n))
+
+
+def _before_end(w: Written, n: int) -> Bools:
+    """Return all but the last keys that exist."""
+    j = np.arange(w.raw.shape[-1])
+    exists = w.sight.get("lengths", np.ones(1, np.bool_))
+    ends = np.broadcast_to(exists, (*exists.shape[:-1], len(j))).sum(-1, keepdims=True)
+    return j < ends - n
+
+
+def _counted(w: Written, again: Bools) -> Written:
+    return replace(w, bias=w.bias + np.where(again, LN2, 0.0))
+
+
+def _rows_lost(w: Written, lost: Bools) -> Outcome:
+    right = w.outcome()
+    return replace(right, o=np.where(lost[:, None], 0.0, right.o), lse=np.where(lost, np.nan, right.lse))
+
+
+def online(call: Call) -> Iterator[Change]:
+    """Yield changes of the running maximum, row sum and output."""
+    S = call.sizes[1]
+    for t in TILES:
+        if t < S:
+            words = f"keys in tiles of {t}"
+            for said, how in (
+                (f"merges {words} without rescaling the output", "o"),
+                (f"merges {words} without rescaling the row sum", "l"),
+                (f"merges {words} without rescaling", "o l"),
+                (f"merges {words} and divides by what it should rescale with", "inverse"),
+            ):
+                yield Change("rescaling", said, lambda w, t=t, h=how: _unscaled(w, t, h))
+            said = f"takes the maximum of each tile of {t} keys alone, so that rescaling overflows"
+            yield Change("running maximum", said, lambda w, t=t: _overflowing(w, t))
+            yield Change(
+                "row sum", f"has the row sum of the last tile of {t} keys only", lambda w, t=t: _last_sum(w, t)
+            )
+    yield Change("running maximum", "takes exponentials of logits as they are, without the maximum", _unshifted)
+    for low in (0.0, -1e3, -1e4, -5e4, -65504.0):
+        said = (
+            f"starts the maximum at {low:g}, so that rows whose logits are all far below answer as if they saw nothing"
+        )
+        yield Change("running maximum", said, lambda w, c=low: _floor(w, c))
+    yield Change("row sum", "does not divide by the row sum", lambda w: _divided(w, lambda x: x))
+    yield from _nan()
+
+
+def _tops(w: Written, t: int) -> Floats:
+    """Return the running maximum after the tile that each key is in, (..., T, S)."""
+    s = w.masked
+    tops = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
+    return np.repeat(np.maximum.accumulate(np.stack(tops, -1), -1), t, -1)[..., : s.shape[-1]]
+
+
+def _unscaled(w: Written, t: int, how: str) -> Outcome:
+    top, m = _tops(w, t), w.top
+    end = m if w.sink is None else np.maximum(m, w.sink[..., None])
+    with np.errstate(invalid="ignore", over="ignore"):
+        right, wrong = w.masked - m[..., None], w.masked - top
+        if how == "inverse":
+            wrong = wrong + (m[..., None] - top)
+        right, wrong = (np.where(w.seen, x, -np.inf) for x in (right, wrong))
+        sink = 0.0 if w.sink is None else np.exp(w.sink[..., None] - end)
+        keep = 1.0 if how == "o l" else np.exp(m - end)
+        l = np.exp(summed(right if how == "o" else wrong)) * keep + sink  # noqa: E741
+        a = right if how == "l" else wrong
+        alone = summed(a)
+        gain = np.where(np.isneginf(alone), 0.0, np.exp(alone) * keep / l)
+        o = gain[..., None] * averaged(a, w.v, alone)
+        lse = np.where(l > 0, end + np.log(l), -np.inf)
+    o, lse = w.called(np.where((l > 0)[..., None], o, 0.0), lse)
+    return Outcome(o, lse, replace(w, own=np.where(w.seen, a, 0.0), sink=None), gain)
+
+
+def _overflowing(w: Written, t: int) -> Outcome | None:
+    s = w.masked
+    tops = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
+    broken, last = np.zeros(s.shape[:-1], np.bool_), tops[0]
+    with np.errstate(invalid="ignore"):
+        for top in tops[1:]:
+            broken |= last - top > OVERFLOW
+            last = np.where(np.isneginf(top), last, top)
+    return _broken(w, broken & np.isfinite(w.top)) if broken.any() else None
+
+
+def _unshifted(w: Written) -> Outcome:
+    right = _broken(w, w.top > OVERFLOW)
+    low = w.top < -VANISHING
+    return replace(right, o=np.where(low[..., None], 0.0, right.o), lse=np.where(low, -np.inf, right.lse))
+
+
+VANISHING = 103.97
+"""The exponential of a number below minus this is 0 in float32."""
+
+
+def _broken(w: Written, rows: Bools) -> Outcome:
+    """Return what is right, but for rows that are not finite."""
+    right = w.outcome()
+    return replace(right, o=np.where(rows[..., None], np.nan, right.o), lse=np.where(rows, np.nan, right.lse))
+
+
+def _floor(w: Written, low: float) -> Outcome | None:
+    lost = w.top < low - VANISHING if low < 0 else w.top < -VANISHING
+    if not (lost & np.isfinite(w.top)).any():
+        return None
+    right = w.outcome()
+    return replace(right, o=np.where(lost[..., None], 0.0, right.o), lse=np.where(lost, -np.inf, right.lse))
+
+
+def _last_sum(w: Written, t: int) -> Outcome:
+    """Return what is answered with the row sum of the last tile in which a row sees anything."""
+    j, m = np.arange(w.raw.shape[-1]), w.top
+    final = np.where(w.seen, j // t, -1).max((-1, -2), keepdims=True)
+    l = summed(np.where(j // t == final, w.masked, -np.inf))  # noqa: E741
+    if w.sink is not None:
+        l = np.logaddexp(l, w.sink[..., None])  # noqa: E741
+    with np.errstate(over="ignore", invalid="ignore"):
+        gain = np.where(np.isneginf(m) | np.isneginf(l), 0.0, np.exp(w.normaliser - l))
+        o = gain[..., None] * averaged(w.masked, w.v, w.normaliser)
+    return Outcome(*w.called(o, l), w, gain)
+
+
+def _divided(w: Written, gain: Callable[[Floats], Floats]) -> Outcome:
+    """Return what is answered where o is multiplied by something of the row sum, which is of exp(s − max)."""
+    right = w.outcome()
+    end = w.top if w.sink is None else np.maximum(w.top, w.sink[..., None])
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        l = np.where(np.isneginf(w.normaliser), 1.0, np.exp(w.normaliser - end))  # noqa: E741
+        return replace(right, o=right.o * gain(l)[..., None], gain=gain(l))
+
+
+def _nan() -> Iterator[Change]:
+    kind = "unseen NaN"
+    yield Change(kind, "multiplies a weight of 0 with what stands in values that nobody sees", _poisoned)
+    yield Change(kind, "lets keys that are not finite into rows that do not see them", lambda w: _broken_by_keys(w))
+
+
+def _poisoned(w: Written) -> Outcome | None:
+    bad = ~np.isfinite(w.v)
+    if not bad.any():
+        return None
+    right = w.outcome()
+    return replace(right, o=np.where(bad.any(-2)[..., None, :], np.nan, right.o))
+
+
+def _broken_by_keys(w: Written) -> Outcome | None:
+    bad = ~np.isfinite(w.k).all((-1, -2))
+    return _broken(w, np.broadcast_to(bad[..., None], w.top.shape)) if bad.any() else None
+
+
+def sums(call: Call) -> Iterator[Change]:
+    """Yield changes of lse alone."""
+
+    def of(f: Callable[[Written, Floats], Floats]) -> Callable[[Written], Outcome]:
+        def make(w: Written) -> Outcome:
+            right = w.outcome()
+            with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+                return replace(right, lse=np.where(w.empty, right.lse, f(w, right.lse)))
+
+        return make
+
+    for said, f in (
+        ("gives lse without the maximum: the logarithm of the row sum alone", lambda w, x: x - based(w, _end(w))),
+        ("gives the maximum for lse", lambda w, x: based(w, _end(w))),
+        ("gives lse with the other sign", lambda w, x: -x),
+        ("gives the row sum for lse, not its logarithm", lambda w, x: np.exp(w.normaliser - _end(w))),
+        ("gives exp(lse) for lse", lambda w, x: np.exp(w.normaliser)),
+        ("multiplies lse by ln 2", lambda w, x: x * LN2),
+        ("multiplies lse by log₂e", lambda w, x: x / LN2),
+        ("multiplies the maximum in lse by log₂e", lambda w, x: x + based(w, _end(w)) * (1 / LN2 - 1)),
+        ("multiplies the maximum in lse by ln 2", lambda w, x: x + based(w, _end(w)) * (LN2 - 1)),
+        (
+            "gives the logarithm of the row sum in bits in lse",
+            lambda w, x: x + based(w, w.normaliser - _end(w)) * (1 / LN2 - 1),
+        ),
+        ("gives lse of logits that are not scaled", lambda w, x: x - based(w, _end(w)) * (1 - 1 / w.scale)),
+        ("gives lse minus the logarithm of the number of keys", lambda w, x: x - based(w, np.log(w.seen.sum(-1)))),
+    ):
+        yield Change("lse", said, of(f))
+
+
+def _end(w: Written) -> Floats:
+    return w.top if w.sink is None else np.maximum(w.top, w.sink[..., None])
+
+
+def splits(call: Call) -> Iterator[Change]:
+    """Yield changes of how parts of the keys are merged."""
+    S = call.sizes[1]
+    cuts: dict[tuple[int, ...], str] = {}
+    for t in (1, *TILES):
+        for n in (2, 3, 4, 8):
+            step = math.ceil(math.ceil(S / t) / n) * t
+            cuts.setdefault(tuple(range(0, S, step or 1)), f"{n} splits" + (f" of tiles of {t}" if t > 1 else ""))
+    for starts, words in cuts.items():
+        if len(starts) < 2:
+            continue
+        for said, how in (
+            (f"averages {words} without their weights", "mean"),
+            (f"merges {words} with lse in bits as if in nats", "bits"),
+            (f"merges {words} with lse in nats as if in bits", "nats"),
+            (f"gives a split that sees nothing a weight, of {words}", "empty"),
+            (f"keeps the last of {words} only", "last"),
+            (f"weighs {words} with their lse, not its exponential", "linear"),
+        ):
+            yield Change("merge", said, lambda w, x=starts, h=how: _merged(w, x, h))
+
+
+def _merged(w: Written, starts: tuple[int, ...], how: str) -> Outcome | None:
+    s = w.masked
+    parts: list[Floats] = np.split(s, starts[1:], axis=-1)
+    lse = np.stack([summed(x) for x in parts])
+    if w.sink is not None:
+        lse[0] = np.logaddexp(lse[0], w.sink[..., None])
+    values = np.split(w.v, starts[1:], axis=-2)
+    o = np.stack([averaged(x, v, y) for x, v, y in zip(parts, values, lse, strict=True)])
+    empty = np.isneginf(lse)
+    if how == "empty" and not empty.any():
+        return None
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        if how == "last":
+            return Outcome(*w.called(o[-1], lse[-1]), w)
+        if how == "mean":
+            return Outcome(*w.called(o.mean(0), w.normaliser), w)
+        if how == "linear":
+            return Outcome(*w.called((lse[..., None] * o).sum(0) / lse.sum(0)[..., None], w.normaliser), w)
+        known = (
+            np.where(empty, 0.0, lse)
+            if how == "empty"
+            else lse / LN2
+            if how == "bits"
+            else lse * LN2
+            if how == "nats"
+            else lse
+        )
+        top = np.where(np.isneginf(known.max(0)), 0.0, known.max(0))
+        p = np.exp(known - top)
+        z = p.sum(0)
+        total = top + np.log(z)
+        back = LN2 if how == "bits" else 1 / LN2 if how == "nats" else 1.0
+        o = (p[..., None] * o).sum(0) / np.where(z == 0, 1, z)[..., None]
+    if how == "empty":
+        return Outcome(o, based(w, total), w)
+    return Outcome(*w.called(o, total * back), w)
+
+
+def precision(arithmetic: Arithmetic) -> Iterator[Change]:
+    """Yield coarser arithmetics, and roundings at a place where there should be none."""
+    weights = arithmetic.formats.weights
+    formats = [f for f in FORMATS.values() if f.bits < 24]
+    for t in (None, *TILES):
+        words = "" if t is None else f", in tiles of {t}"
+        for f in formats:
+            if weights.bits < 24 and f is weights:
+                said = f"rounds P to {f.name} before the row sum{words}"
+                yield Change("precision", said, lambda w, t=t, f=f: _rounded_first(w, t, f, arithmetic))
+    yield Change("precision", "overflows float16 in q·k before the scale", lambda w: _half_overflow(w))
+    for f in formats:
+        if f.bits < arithmetic.formats.scores.bits:
+            words, kind, rank = f"in {f.name}", "precision", 3
+            stored = replace(arithmetic, stored_scores=f)
+            yield Change(kind, f"has logits {words}", lambda w, a=stored: replace(w.outcome(), arithmetic=a), rank)
+            sums = replace(arithmetic, accumulate=f, lse=arithmetic.formats.lse)
+            yield Change(kind, f"sums {words}", lambda w, a=sums: replace(w.outcome(), arithmetic=a), rank)
+            lse = replace(arithmetic, lse=f)
+            yield Change(kind, f"gives lse {words}", lambda w, a=lse: replace(w.outcome(), arithmetic=a), rank)
+        if f.bits < weights.bits:
+            coarse = replace(arithmetic, weights=f)
+            yield Change(
+                "precision", f"rounds P to {f.name}", lambda w, a=coarse: replace(w.outcome(), arithmetic=a), 3
+            )
+    for bits in (2, 4, 6, 8, 10, 12):
+        quick = replace(arithmetic, exp_ulp=arithmetic.exp_ulp * 2.0**bits)
+        said = f"has an exponential that is {2**bits} times less exact than stated"
+        yield Change("precision", said, lambda w, a=quick: replace(w.outcome(), arithmetic=a), 3)
+
+
+def _rounded_first(w: Written, t: int | None, f: Format, arithmetic: Arithmetic) -> Outcome:
+    """Return what is answered where the row sum is of weights that are rounded beside the running maximum."""
+    top = np.broadcast_to(w.top[..., None], w.raw.shape) if t is None else _tops(w, t)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        p = np.where(w.seen, f.round(np.exp(w.masked - top)), 0.0)
+        s = np.where(p > 0, np.log(p) + top, -np.inf)
+    lse = summed(s)
+    if w.sink is not None:
+        lse = np.logaddexp(lse, w.sink[..., None])
+    return Outcome(*w.called(averaged(s, w.v, lse), lse), w)
+
+
+def _half_overflow(w: Written) -> Outcome | None:
+    with np.errstate(invalid="ignore"):
+        broken = ((w.raw > FORMATS["float16"].largest) & w.seen).any(-1)
+    return _broken(w, broken) if broken.any() else None
+
+
+def fitted(w: Written, o: Floats, lse: Floats | None) -> Iterator[Change]:
+    """Yield changes with one number that is found from the answer."""
+    right = w.outcome()
+    factor = _middle(o / np.where(right.o == 0, np.nan, right.o))
+    if factor is not None:
+        yield Change("output", f"multiplies the output by {factor:.6g}", lambda w, x=factor: _times(w, x), 2)
+    with np.errstate(invalid="ignore"):
+        l = np.exp(np.nan_to_num(w.normaliser - _end(w)))  # noqa: E741
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        eps = _middle(l[..., None] * (right.o / np.where(o == 0, np.nan, o) - 1))
+    if eps is not None and eps > 0:
+        yield Change(
+            "row sum", f"divides by the row sum and {eps:.3g}", lambda w, x=eps: _divided(w, lambda l: l / (l + x)), 2
+        )
+    if lse is not None:
+        with np.errstate(invalid="ignore", over="ignore"):
+            more = _middle(np.exp(lse * (LN2 if w.convention.lse == "bits" else 1.0)) - np.exp(w.normaliser))
+        if more is not None and more > 0:
+            said = f"counts {more:.4g} too much in every row sum, as of a key with the score {math.log(more):.4g}"
+            yield Change("padding score", said, lambda w, x=more: replace(w, pads=w.pads + x), 2)
+    if lse is not None and np.shape(lse) == right.lse.shape:
+        with np.errstate(invalid="ignore"):
+            off = _middle(lse - right.lse)
+            times = _middle(lse / np.where(right.lse == 0, np.nan, right.lse))
+        if off is not None:
+            yield Change(
+                "lse", f"adds {off:.6g} to lse", lambda w, x=off: replace(w.outcome(), lse=w.outcome().lse + x), 2
+            )
+        if times is not None:
+            yield Change(
+                "lse",
+                f"multiplies lse by {times:.6g}",
+                lambda w, x=times: replace(w.outcome(), lse=w.outcome().lse * x),
+                2,
+            )
+    for words, made in (
+        ("scales logits by {:.6g} times what is right", lambda w, x: replace(w, scale=w.scale * x)),
+        ("counts the bias {:.6g} times", lambda w, x: replace(w, bias=w.bias * x)),
+        ("has a softcap {:.6g} times what is right", lambda w, x: replace(w, softcap=(w.softcap or 1.0) * x)),
+        (
+            "has sinks that are off by ln {:.6g}",
+            lambda w, x: replace(w, sink=None if w.sink is None else w.sink + math.log(x)),
+        ),
+    ):
+        there = {"bias": np.any(w.bias), "softcap": w.softcap is not None, "sinks": w.sink is not None}
+        if all(flag for name, flag in there.items() if name in words):
+            best = _search(lambda x, f=made: f(w, x), o, lse)
+            kind = next((name for name in ("bias", "softcap", "sink") if name in words), "scale")
+            yield Change(kind, words.format(best), lambda w, x=best, f=made: f(w, x), 2)
+
+
+def _times(w: Written, factor: float) -> Outcome:
+    right = w.outcome()
+    return replace(right, o=right.o * factor, gain=np.full(right.lse.shape, factor))
+
+
+def _middle(x: Floats) -> float | None:
+    """Return the median of what is finite, unless there is nothing."""
+    x = x[np.isfinite(x)]
+    return float(np.median(x)) if len(x) else None
+
+
+def _search(made: Callable[[float], Written], o: Floats, lse: Floats | None) -> float:
+    """Return the factor, from 1/16 to 16, whose answer is nearest: a coarse look, then a golden section."""
+
+    def off(t: float) -> float:
+        w = made(2.0**t)
+        part = w.masked
+        normal = w.normaliser
+        with np.errstate(invalid="ignore", over="ignore"):
+            far = np.abs(averaged(part, w.v, normal) - o)
+            far = np.concatenate([far.ravel(), np.abs(based(w, normal) - lse).ravel() if lse is not None else []])
+        far = far[np.isfinite(far)]
+        return float(far.sum()) if len(far) else math.inf
+
+    coarse: Any = np.linspace(-4, 4, 17)
+    at = int(np.argmin([off(t) for t in coarse]))
+    low, high = coarse[max(at - 1, 0)], coarse[min(at + 1, len(coarse) - 1)]
+    golden = (math.sqrt(5) - 1) / 2
+    a, b = high - golden * (high - low), low + golden * (high - low)
+    fa, fb = off(a), off(b)
+    for _ in range(36):
+        if fa < fb:
+            high, b, fb = b, a, fa
+            a = high - golden * (high - low)
+            fa = off(a)
+        else:
+            low, a, fa = a, b, fb
+            b = low + golden * (high - low)
+            fb = off(b)
+    return float(2.0 ** ((low + high) / 2))
