@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refattn import _check
-from refattn.conventions import Call, Convention, Profile, Written
+from refattn.conventions import Call, Convention, Profile, Returned, Written
 from refattn.conventions import profile as profile_of
 from refattn.engines import Unsupported
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
@@ -131,9 +131,9 @@ class Run:
             return
         verdict, told = self.answer(call, layout=one.layout, twice=one.twice)
         if not one.promised and verdict.kind in ("wrong", "non-finite", "suspect"):
-            verdict = replace(verdict, kind="does not hold", diagnosis="")
-        yield self.result(one, verdict, call)
-        if one.gradients and self.gradients and told is not None:
+            verdict = replace(verdict, kind="does not hold")
+        yield replace(self.result(one, verdict, call), answer=self.kept(verdict, call, told))
+        if one.gradients and self.gradients and told is not None and verdict.kind in ("right", "suspect"):
             yield replace(self.result(one, self.gradient(call, told), call), asked="gradients")
 
     def result(self, one: Configuration, verdict: Verdict, call: Call) -> Result:
@@ -145,10 +145,14 @@ class Run:
         rng = np.random.default_rng([self.seed, zlib.crc32(one.name.encode())])
         return cast(one.make(rng, self.profile.convention), self.dtype)
 
-    def answer(
-        self, call: Call, *, layout: str = "plain", twice: bool = False, diagnose: bool = True
-    ) -> tuple[Verdict, Told | None]:
-        """Return the verdict on the function's answer to a call, and what it returned where that is right or near."""
+    def kept(self, verdict: Verdict, call: Call, told: Told | None) -> Returned | None:
+        """Return the answer itself, where it is wrong and can be looked at."""
+        if told is None or verdict.kind not in ("wrong", "non-finite"):
+            return None
+        return self.profile.read(told.returned, call)
+
+    def answer(self, call: Call, *, layout: str = "plain", twice: bool = False) -> tuple[Verdict, Told | None]:
+        """Return the verdict on the function's answer to a call, and what it returned."""
         try:
             written = self.profile.write(call)
         except Unsupported as error:
@@ -156,15 +160,14 @@ class Run:
         told = self.ask(written, layout=layout, twice=twice)
         if told.kind != "right":
             return Verdict(told.kind, said=(told.said,)), None
-        verdict = self.judged(call, told, diagnose)
-        return verdict, told if verdict.kind in ("right", "suspect") else None
+        return self.judged(call, told), told
 
     def ask(self, written: Written, **more: Any) -> Told:
         """Call the function once."""
         ask = Ask(args=written.args, kwargs=written.kwargs, framework=self.framework, device=self.device, **more)
         return self.worker.ask(ask, self.timeout)
 
-    def judged(self, call: Call, told: Told, diagnose: bool) -> Verdict:
+    def judged(self, call: Call, told: Told) -> Verdict:
         """Judge what was returned."""
         try:
             o, lse = self.profile.read(told.returned, call)
@@ -176,7 +179,7 @@ class Run:
         if lse is None and self.lse:
             return Verdict("wrong shape", said=("lse was asked for and is not returned",))
         return judge_call(
-            call, self.profile.convention, self.arithmetic, o, None if self.lse is False else lse, diagnose=diagnose
+            call, self.profile.convention, self.arithmetic, o, None if self.lse is False else lse, diagnose=False
         )
 
     def gradient(self, call: Call, told: Told) -> Verdict:
