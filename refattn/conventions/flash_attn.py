@@ -11,7 +11,7 @@ from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
 from refattn.engines import Unsupported
 
-FA2 = Convention(alibi="absolute distance", empty_lse="+inf")
+FA2 = Convention(alibi="key position if causal", empty_lse="+inf")
 
 
 def flash_attn_func(
