@@ -1,0 +1,360 @@
+r"""F1 and F2 for any arithmetic: some rows of one problem, with every quantity that the statements name.
+
+What is bounded is any kernel of the arithmetic against the real number. The formulas are evaluated with the weights
+and the output of the float64 definition in place of the real ones, for which `wide` makes up.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from refattn import rounding
+from refattn._mix import mix
+from refattn.bias import Table
+from refattn.engines import One, Problem
+from refattn.rounding import EVALUATION, LOST, U, gamma
+from refattn.testing._arithmetic import Arithmetic
+from refattn.testing._formats import Format
+
+Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+DEFINITION = Arithmetic(
+    inputs="float64",
+    scores="float64",
+    weights="float64",
+    accumulate="float64",
+    output="float64",
+    exp="exp",
+    exp_ulp=rounding.EXP / (2 * U),
+    tanh_ulp=rounding.TANH / (2 * U),
+    tile=2**62,
+)
+"""What the float64 definition computes in."""
+
+
+class Sizes(NamedTuple):
+    """The unit roundoffs of an arithmetic's steps; accumulators that truncate have twice their format's."""
+
+    scores: float
+    dots: float
+    sums: float
+    exp: float
+
+
+def sizes(arithmetic: Arithmetic) -> Sizes:
+    """Return u of the scores' arithmetic, of their dot products, of the accumulators, and the error of exp."""
+    f, chop = arithmetic.formats, 2 if arithmetic.truncates else 1
+    return Sizes(
+        f.scores.u, chop * f.scores.u, chop * f.accumulate.u, -math.log1p(-2 * arithmetic.exp_ulp * f.scores.u)
+    )
+
+
+def cast_error(x: Array, f: Format | None, descale: bool = False) -> Array:
+    """Bound what rounding to a format does to each number, with or without a descaling factor for the whole."""
+    if f is None:
+        return np.zeros_like(x)
+    size = np.abs(x)
+    if not descale:
+        return np.where(size > f.largest, np.inf, f.u * size + f.tiny)
+    rest = np.where(np.isfinite(size), size, 0.0)  # what nobody sees
+    factor = rest.max(initial=0.0) / f.largest
+    u = (1 + f.u) * (1 + 4 * 2.0**-24) - 1
+    return np.where(np.isfinite(size), u * size + 2 * factor * f.tiny, np.inf)
+
+
+def received(x: Array, arithmetic: Arithmetic) -> Array:
+    """Bound how far the numbers that are multiplied are from those of an argument: the cast to `inputs`, operands."""
+    f = arithmetic.formats
+    with np.errstate(invalid="ignore", over="ignore"):
+        given = f.inputs.round(x)
+        moved = np.where(given == x, 0.0, np.abs(given - x))
+        error = moved + cast_error(np.abs(x) + moved, f.operands, arithmetic.descale)
+    return np.where(np.isnan(error), np.inf, error)
+
+
+class Inputs:
+    """q, k and v of one problem, and how far from them the numbers are that the kernel multiplies."""
+
+    def __init__(self, one: One, arithmetic: Arithmetic) -> None:
+        self.q, self.k, self.v = (np.array(x, np.float64) for x in (one.q, one.k, one.v))
+        self.dq, self.dk, self.dv = (received(x, arithmetic) for x in (self.q, self.k, self.v))
+
+    def exact(self) -> Inputs:
+        """Return the same numbers as the definition multiplies them."""
+        out = copy.copy(self)
+        out.dq, out.dk, out.dv = (np.zeros_like(x) for x in (self.q, self.k, self.v))
+        return out
+
+
+class Logits(NamedTuple):
+    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way."""
+
+    z: Array
+    e: Array
+    top: Array
+
+
+def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
+    """Return the size and the error of x times a factor, rounded to a format; the factor is off by 3u."""
+    if factor == 1:
+        return np.abs(x), dx
+    size, dx = factor * np.abs(x), factor * dx
+    return size, dx + ((1 + 3 * u) * (1 + f.u) - 1) * (size + dx) + f.tiny
+
+
+def logits(
+    one: One, inputs: Inputs, rows: NDArray[np.intp], seen: Bools, bias: Array | None, arithmetic: Arithmetic
+) -> Logits:
+    """Return the logits of some rows and the error of each: the dot product, then one rounding a step."""
+    call, f, u = one.problem, arithmetic.formats, sizes(arithmetic)
+    D, sigma = call.sizes[2], call.multiplier
+    left, right, after = {"scores": (1.0, 1.0, abs(sigma)), "q": (abs(sigma), 1.0, 1.0)}.get(
+        arithmetic.scale, (math.sqrt(abs(sigma)), math.sqrt(abs(sigma)), 1.0)
+    )
+    q, dq = scaled(inputs.q[rows], inputs.dq[rows], left, f.scaled, u.scores)
+    k, dk = scaled(inputs.k, inputs.dk, right, f.scaled, u.scores)
+    with np.errstate(invalid="ignore", over="ignore"):
+        dots = (inputs.q[rows] @ inputs.k.T) * sigma
+        size = (q + dq) @ (k + dk).T
+        e = dq @ (k + dk).T + q @ dk.T + gamma(D, u.dots) * size + D * f.scores.tiny
+        steps = _Steps(dots / after if after else dots, e, arithmetic)
+        steps.top = np.maximum(size * (1 + gamma(D, u.dots)), (q + dq).max(axis=1, initial=0.0)[:, None])
+        steps.store()
+        if arithmetic.scale == "scores":
+            steps.times(dots, after)
+        if bias is not None and call.order == "bias, softcap":
+            steps.plus(bias, _bias_error(call, bias, arithmetic))
+        if call.softcap is not None:
+            steps.cap(call.softcap)
+        if bias is not None and call.order == "softcap, bias":
+            steps.plus(bias, _bias_error(call, bias, arithmetic))
+    return Logits(np.where(seen, steps.z, -np.inf), np.where(seen, steps.e, 0.0), np.where(seen, steps.top, 0.0))
+
+
+class _Steps:
+    """The steps from dot products to logits, each with its rounding, and a second one where it is stored."""
+
+    def __init__(self, z: Array, e: Array, arithmetic: Arithmetic) -> None:
+        self.z, self.e, self.top = z, e, np.abs(z)
+        self.f, self.u = arithmetic.formats.scores, arithmetic.formats.scores.u
+        self.stored, self.tanh = arithmetic.formats.stored_scores, 2 * arithmetic.tanh_ulp * self.u
+
+    def rounding(self, u: float, tiny: float) -> None:
+        self.top = np.maximum(self.top, np.abs(self.z) + self.e)
+        self.e = self.e + u * (np.abs(self.z) + self.e) + tiny
+
+    def store(self) -> None:
+        if self.stored is not None:
+            over = np.abs(self.z) + self.e > self.stored.largest
+            self.rounding(self.stored.u, self.stored.tiny)
+            self.e = np.where(over, np.inf, self.e)
+
+    def times(self, z: Array, factor: float) -> None:
+        self.z, self.e = z, factor * self.e
+        self.rounding(self.u, self.f.tiny)
+        self.store()
+
+    def plus(self, bias: Array, error: Array) -> None:
+        self.z, self.e = self.z + bias, self.e + error
+        self.rounding(self.u, self.f.tiny)
+        self.store()
+
+    def cap(self, c: float) -> None:
+        stored = 0.0 if self.stored is None else self.stored.u
+        tiny = 0.0 if self.stored is None else self.stored.tiny
+        inner = 3 * self.u + stored
+        self.top = np.maximum(self.top, np.abs(self.z) + self.e)
+        self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
+        self.z = c * np.tanh(self.z / c)
+        turn = self.tanh + self.u + stored
+        self.e = self.e + turn * (1 + turn) * (np.abs(self.z) + self.e) + (1 + c) * (self.f.tiny + tiny)
+        self.store()
+
+
+def _bias_error(call: Problem, bias: Array, arithmetic: Arithmetic) -> Array:
+    """Bound what the kernel's bias may be off by: its cast to the scores' format, a slope's product, log₂e."""
+    f = arithmetic.formats.scores
+    count = (0 if isinstance(call.bias, Table) else 2) + (1 if arithmetic.exp == "exp2" else 0)
+    given = f.round(bias)
+    moved = np.where(given == bias, 0.0, np.abs(given - bias))
+    return np.where(np.isneginf(bias), 0.0, moved + count * f.u * np.abs(bias))
+
+
+class Rows:
+    """F1 and F2 for some rows of one problem and one arithmetic; letters are those of proofs/test_tolerance.py.
+
+    `moved` is how far the definition's o may be from the real one.
+    """
+
+    def __init__(self, one: One, inputs: Inputs, rows: NDArray[np.intp], arithmetic: Arithmetic, moved: Array) -> None:
+        self.arithmetic, self.inputs, self.moved, f = arithmetic, inputs, moved, arithmetic.formats
+        self.u, keys = sizes(arithmetic), np.arange(len(inputs.k))
+        bias = one.bias(rows, keys)
+        live = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
+        if bias is not None:
+            live = live & ~np.isneginf(bias)
+        own = logits(one, inputs, rows, live, bias, arithmetic)
+        definition = logits(one, inputs.exact(), rows, live, bias, DEFINITION)
+        self.top = own.top.max(axis=1, initial=0.0)[:, None]
+        z, e, e64 = own.z, own.e, definition.e
+        if one.sink is not None:
+            sink = float(one.sink)
+            blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
+            more = ((z, sink), (e, blur), (e64, U * abs(sink)), (live, not np.isneginf(sink)))
+            z, e, e64, live = (np.c_[x, np.full(len(x), cell)] for x, cell in more)
+        self.live, self.n = live, live.sum(axis=1, keepdims=True)
+        self.empty: Bools = self.n == 0
+        self.m = np.where(self.empty, 0.0, z.max(axis=1, keepdims=True, initial=-np.inf))
+        away = np.where(live, np.abs(z - self.m), 0.0)
+        e64 = np.where(live, e64 + 3 * U * away + rounding.EXP * (1 + rounding.EXP), 0.0)
+        self.doubt = e64.max(axis=1, keepdims=True, initial=0.0)
+        self.wide = EVALUATION * np.exp(4 * self.doubt)
+        self.em = e.max(axis=1, keepdims=True, initial=0.0)
+        self.rises = _rises(z, e, live, arithmetic)
+        self.e = np.where(live, self._exponents(z, e, away), 0.0)
+        w = np.where(live, np.exp(z - self.m), 0.0)
+        self.total = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
+        self.p = w / self.total
+        self._cast()
+        self._sums()
+
+    def _exponents(self, z: Array, e: Array, away: Array) -> Array:
+        """Return e_j: the logit's error, the exponent's roundings, exp, and the rises of the maximum after it."""
+        a, u, em = self.arithmetic, self.u, self.em
+        largest = np.where(self.live, np.abs(z), 0.0).max(axis=1, keepdims=True, initial=0.0) + em
+        g, steps = away + e + em + 2 * a.lazy, 3 if a.exp == "exp" else 5
+        e = e + steps * u.scores * g + (1 + self.rises) * (u.exp + steps * a.formats.scores.tiny)
+        if a.exp == "exp2":
+            e = e + u.scores * largest
+        if a.splits > 1:  # lse of the part, and e^(lse of the part − lse), whose argument is rounded like a weight's
+            n, sums = np.log(np.maximum(self.n, 1)), a.formats.accumulate.u
+            e = e + sums * ((steps + 3) * (largest + n) + steps * (g + n) + 8) + u.exp * (1 + n)
+        return e
+
+    def _cast(self) -> None:
+        """Set u_P and ζ of the cast of P; where the row sum is of what was cast, it is a tilt."""
+        a, f = self.arithmetic, self.arithmetic.formats
+        exact = f.weights.bits >= f.scores.bits and f.weights.least <= f.scores.least
+        self.uP, lost = (0.0, 0.0) if exact else (f.weights.u, f.weights.tiny / a.weights_scale)
+        prenorm = a.normalise == "before the cast"
+        pe = self.p * np.exp(self.e)
+        self.zeta = np.minimum(lost if prenorm else lost * np.exp(self.em) / self.total, pe)
+        self.common = a.row_sum == "rounded weights"
+        if self.common:
+            self.e = np.where(self.live, self.e - math.log1p(-self.uP), 0.0)
+
+    def _sums(self) -> None:
+        """Set G_j, what underflow takes, and the sums up and down that a row's normaliser lies between."""
+        a, f, n = self.arithmetic, self.arithmetic.formats, self.n
+        depth = n + self.rises
+        if a.tile is not None and a.sums == "apart":
+            updates = max(0, -(-len(self.inputs.k) // a.tile) - 1)
+            depth = np.minimum(depth, np.minimum(a.tile, n) + updates + self.rises)
+        h = (depth + (a.splits + 4 if a.splits > 1 else 0)) * self.u.sums
+        self.G = np.where(h < 1, h / np.where(h < 1, 1 - h, 1.0), np.inf)
+        self.pe = self.p * np.exp(self.e)
+        tiny = 2 * (f.scores.tiny + 2 * f.accumulate.tiny) + LOST
+        self.lost = n * tiny * np.exp(self.e.max(axis=1, keepdims=True, initial=0.0)) * self.wide
+        self.missed = self.zeta.sum(axis=1, keepdims=True) * self.wide if self.common else 0.0 * self.lost
+        up = (self.pe * (1 + self.G)).sum(axis=1, keepdims=True) + self.lost + self.missed
+        down = (self.p * np.exp(-self.e) * (1 - self.G)).sum(axis=1, keepdims=True) - self.lost - self.missed
+        self.up, self.down = (np.where(self.empty, 1.0, x) for x in (up, down))
+        self.down = np.where(self.down > 0, self.down, 0.0)
+
+    def _overflows(self, size: Array, live: Bools) -> Bools:
+        """Return where a number may leave its format (F5): (rows, E)."""
+        a, f = self.arithmetic, self.arithmetic.formats
+        high = np.exp(self.em + a.lazy)
+        # a computed weight is at most exp(0), whatever the error of its logit
+        largest = a.weights_scale * math.exp(a.lazy + self.u.exp) * (1 + self.uP)
+        over = (self.top > f.scores.largest) | (largest > f.weights.largest)
+        over = over | (self.total * self.up * high > f.accumulate.largest)
+        reach = mix(self.pe[:, : len(size)] * (1 + self.uP) * 2, size, live)
+        return over | (reach * high * (self.total if a.normalise == "last" else 1.0) > f.accumulate.largest)
+
+    def output(self) -> tuple[Array, Array]:
+        """Return o of the definition and F1's E: (rows, E) each."""
+        a, f, u, v, dv = self.arithmetic, self.arithmetic.formats, self.u.sums, self.inputs.v, self.inputs.dv
+        p, e, pe, G, zeta, live = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta, self.live))
+        o, size = mix(p, v, live), np.abs(v)
+        divided = max(u, self.u.scores) if a.normalise == "before the cast" else 0.0
+        theta = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
+        tilt = p * np.expm1(e)
+        numerator = _spans(tilt + zeta if self.common else tilt, v, o, live)
+        numerator += mix(pe * theta + zeta * (G if self.common else 1 + G), size, live)
+        numerator += mix(pe * (1 + theta) + zeta * (1 + G), dv, live)
+        numerator += np.abs(o) * (self.pe * self.G).sum(axis=1, keepdims=True)
+        if self.common:
+            numerator += np.abs(o) * (self.zeta * self.G).sum(axis=1, keepdims=True)
+        if self.p.shape[1] > len(v):
+            numerator += np.abs(o) * (self.p * np.expm1(self.e))[:, -1:]
+        numerator += self.lost * (1 + _highest(size + dv, live) + np.abs(o))
+        # |v_j − o| and |o| are those of the definition's o
+        spread = (self.p * np.expm1(self.e) + self.pe * self.G + self.zeta * (1 + self.G)).sum(axis=1, keepdims=True)
+        E = (numerator + spread * self.moved) / self.down * self.wide
+        kept = f.output.bits >= f.accumulate.bits and f.output.least <= f.accumulate.least
+        omega = (1 + u) ** 2 * (1 + (0.0 if kept else f.output.u)) - 1
+        tiny = 2 * f.accumulate.tiny + (0.0 if kept else f.output.tiny)
+        E = E * (1 + omega) + omega * (np.abs(o) + self.moved) + tiny
+        over = self._overflows(size + dv, live) | (np.abs(o) + E > f.output.largest) | np.isnan(E)
+        self.E = np.where(self.empty, 0.0, np.where(over, np.inf, E))
+        self.o = np.where(self.empty, 0.0, o)
+        return self.o, self.E
+
+    def log_sum_exp(self) -> Array:
+        """Return F2's E_L: (rows,)."""
+        a, f = self.arithmetic, self.arithmetic.formats
+        u, ln = f.accumulate.u, np.log(self.total)
+        lse = np.abs(self.m + ln)
+        self.e_z = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
+        # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
+        constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
+        E = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
+        E = (E + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
+        E = E * 2 if a.splits > 1 else E
+        if f.lse.bits < f.accumulate.bits or f.lse.least > f.accumulate.least:
+            E = E + f.lse.u * (lse + E) + f.lse.tiny
+        high = np.exp(self.em + a.lazy)
+        over = (self.top > f.scores.largest) | (self.total * self.up * high > f.accumulate.largest)
+        over = over | (lse + E > f.lse.largest) | np.isnan(E)
+        return np.where(self.empty, 0.0, np.where(over, np.inf, E))[:, 0]
+
+
+def _spans(tilted: Array, v: Array, o: Array, live: Bools) -> Array:
+    """Return Σ_j tilted_ij |v_jc − o_ic|, without what is not seen."""
+    clean, out = bool(np.isfinite(v).all()), np.empty(o.shape)
+    for c in range(o.shape[1]):
+        apart = np.abs(v[:, c] - o[:, c : c + 1])
+        out[:, c] = (tilted * (apart if clean else np.where(live, apart, 0.0))).sum(axis=1)
+    return out
+
+
+def _highest(size: Array, live: Bools) -> Array:
+    """Return the largest |v_jc| that a row sees, or more where everything is finite: (rows or 1, E)."""
+    if np.isfinite(size).all():
+        return size.max(axis=0, keepdims=True, initial=0.0)
+    return np.stack([np.where(live, column, 0.0).max(axis=1, initial=0.0) for column in size.T], axis=1)
+
+
+def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic) -> Array:
+    """Bound how often the running maximum rises after each key: by the keys whose computed logits may be above its.
+
+    A rise rescales what was accumulated; a factor of 1 is exact.
+    """
+    if arithmetic.normalise == "before the cast":
+        return np.zeros_like(z)
+    most = np.maximum(live.sum(axis=1, keepdims=True) - 1, 0)
+    if arithmetic.tile is not None:
+        most = np.minimum(most, max(0, -(-z.shape[1] // arithmetic.tile) - 1))
+    if not most.any():
+        return np.zeros_like(z)
+    above, upper = np.empty_like(z), np.sort(np.where(live, z + e, -np.inf), axis=1)
+    for i in range(len(z)):
+        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right")
+    return np.where(live, np.minimum(above, most), 0.0)
