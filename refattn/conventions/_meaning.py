@@ -360,7 +360,8 @@ class Meaning:
             return form
         left, right = call.window or (None, None)
         ahead = not call.causal and right != 0
-        return "absolute distance" if ahead or not (left is None or left >= call.sizes[1]) else "key position"
+        most = call.sizes[1] if call.starts is None else int(np.diff(call.starts[1]).max(initial=0))
+        return "absolute distance" if ahead or (left is not None and left < most) else "key position"
 
     def _bias(self) -> Any:
         call, how = self.call, self.convention

@@ -148,10 +148,10 @@ def paged(cache: Any, table: Any) -> Any:
 
 
 def pages(x: Any, size: int) -> tuple[Any, Ints]:
-    """Return keys (B, S, H, D) as a cache of pages, the last ones filled with NaN, and its table: `paged`'s reverse."""
+    """Return keys (B, S, H, D) as a cache of pages, the last ones filled with zeros, and its table: `paged`'s reverse."""
     x = np.asarray(x)
     count = -(-x.shape[1] // size)
-    filled = np.pad(x, ((0, 0), (0, count * size - x.shape[1]), (0, 0), (0, 0)), constant_values=np.nan)
+    filled = np.pad(x, ((0, 0), (0, count * size - x.shape[1]), (0, 0), (0, 0)))
     table = np.arange(x.shape[0] * count, dtype=np.int32).reshape(x.shape[0], count)[:, ::-1]
     cache = np.zeros((x.shape[0] * count, size, *x.shape[2:]), x.dtype)
     cache[table.ravel()] = filled.reshape(-1, size, *x.shape[2:])

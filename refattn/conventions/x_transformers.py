@@ -57,11 +57,13 @@ class Attend:
     ) -> None:
         """Take the library's options; with `head_learned_sink`, the sink is the attribute `head_attn_sink`."""
         no_dropout("dropout", dropout)
-        if flash and (softclamp_logits or head_learned_sink):
-            raise ValueError("flash is True; expected False with softclamp_logits or head_learned_sink")
+        if flash:
+            raise ValueError(
+                "flash is True; expected False: it is torch's own attention, and means something else in its corners"
+            )
         if head_learned_sink and heads is None:
             raise ValueError("heads is None; expected a number with head_learned_sink")
-        self.causal, self.scale, self.flash = causal, scale, flash
+        self.causal, self.scale = causal, scale
         self.softcap = logit_softclamp_value if softclamp_logits else None
         self.head_attn_sink: Any = np.zeros(heads or 0) if head_learned_sink else None
 
@@ -128,10 +130,9 @@ def _write(call: Call) -> Written:
     if hides(call.bias) and (call.softcap is not None or empties(call, ATTEND)):
         raise Unsupported("x-transformers caps a bias of −inf, and answers NaN for a row of them")
     mask = None if call.mask is None else four(np.asarray(call.mask))
-    if call.sink is None and call.causal:
-        others = np.zeros(()) if mask is None else ~mask.any(-1)
-        if (call.under(ATTEND).empty & ~np.broadcast_to(others, call.under(ATTEND).empty.shape).astype(bool)).any():
-            raise Unsupported("x-transformers answers the mean of v for a row that the causal mask empties")
+    by_mask = np.zeros(1, np.bool_) if mask is None else ~mask.any(-1)
+    if (call.under(ATTEND).empty & ~by_mask).any():
+        raise Unsupported("x-transformers answers the mean of v for a row that the causal mask empties")
     if call.sink is not None and np.ndim(call.sink) != 1:
         raise Unsupported("x-transformers takes one sink a head")
     kwargs = some(
