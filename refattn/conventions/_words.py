@@ -148,7 +148,7 @@ def paged(cache: Any, table: Any) -> Any:
 
 
 def pages(x: Any, size: int) -> tuple[Any, Ints]:
-    """Return keys (B, S, H, D) as a cache of pages, the last ones filled with zeros, and its table: `paged`'s reverse."""
+    """Return keys (B, S, H, D) as pages, the last ones filled with zeros, and their table: the reverse of `paged`."""
     x = np.asarray(x)
     count = -(-x.shape[1] // size)
     filled = np.pad(x, ((0, 0), (0, count * size - x.shape[1]), (0, 0), (0, 0)))

@@ -11,7 +11,6 @@ from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Written
 from refattn.conventions._words import NONE, nothing, sources, swapped
 from refattn.conventions.flash_attn import _calls
-from refattn.engines import Unsupported
 
 FA3 = Convention()
 
