@@ -17,6 +17,7 @@ from refattn import rounding
 from refattn._mix import mix
 from refattn.bias import Table
 from refattn.engines import One, Problem
+from refattn.perturbation import box_interval
 from refattn.rounding import EVALUATION, LOST, U, gamma
 from refattn.testing._arithmetic import Arithmetic
 from refattn.testing._formats import Format
@@ -24,6 +25,8 @@ from refattn.testing._formats import Format
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
+COARSE = 0.05
+"""Above this logarithmic error of a weight the first-order form of F1 is left."""
 DEFINITION = Arithmetic(
     inputs="float64",
     scores="float64",
@@ -93,11 +96,15 @@ class Inputs:
 
 
 class Logits(NamedTuple):
-    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way."""
+    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way.
+
+    `slope` is the softcap's, with a bound on its error.
+    """
 
     z: Array
     e: Array
     top: Array
+    slope: tuple[Array, Array] | None
 
 
 def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
@@ -134,7 +141,10 @@ def logits(
             steps.cap(call.softcap)
         if bias is not None and call.order == "softcap, bias":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
-    return Logits(np.where(seen, steps.z, -np.inf), np.where(seen, steps.e, 0.0), np.where(seen, steps.top, 0.0))
+    z, e, top = (np.where(seen, x, rest) for x, rest in ((steps.z, -np.inf), (steps.e, 0.0), (steps.top, 0.0)))
+    if steps.slope is not None:
+        steps.slope = np.where(seen, steps.slope[0], 0.0), np.where(seen, steps.slope[1], 0.0)
+    return Logits(z, e, top, steps.slope)
 
 
 class _Steps:
@@ -144,6 +154,7 @@ class _Steps:
         self.z, self.e, self.top = z, e, np.abs(z)
         self.f, self.u = arithmetic.formats.scores, arithmetic.formats.scores.u
         self.stored, self.tanh = arithmetic.formats.stored_scores, 2 * arithmetic.tanh_ulp * self.u
+        self.slope: tuple[Array, Array] | None = None
 
     def rounding(self, u: float, tiny: float) -> None:
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
@@ -171,7 +182,14 @@ class _Steps:
         inner = 3 * self.u + stored
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
         self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
-        self.z = c * np.tanh(self.z / c)
+        t = np.tanh(self.z / c)
+        fall = np.exp(-2 * np.abs(self.z / c))
+        slope = 4 * fall / (1 + fall) ** 2
+        # 1 − tanh²: with the logit it moves by a factor, with tanh's own error and its roundings absolutely
+        moved = slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
+        own = 2 * self.tanh + 4 * (self.u + stored) + 2 * (self.f.tiny + tiny)
+        self.slope = slope, np.minimum(moved, 1.0) + own * (1 + own)
+        self.z = c * t
         turn = self.tanh + self.u + stored
         self.e = self.e + turn * (1 + turn) * (np.abs(self.z) + self.e) + (1 + c) * (self.f.tiny + tiny)
         self.store()
@@ -195,32 +213,39 @@ class Rows:
     def __init__(self, one: One, inputs: Inputs, rows: NDArray[np.intp], arithmetic: Arithmetic, moved: Array) -> None:
         self.arithmetic, self.inputs, self.moved, f = arithmetic, inputs, moved, arithmetic.formats
         self.u, keys = sizes(arithmetic), np.arange(len(inputs.k))
-        bias = one.bias(rows, keys)
-        live = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
+        bias: Array | None = one.bias(rows, keys)
+        live: Bools = np.ones((len(rows), len(keys)), np.bool_)
+        if one.pairs is not None:
+            live = one.pairs.seen(rows, keys)
         if bias is not None:
-            live = live & ~np.isneginf(bias)
+            unseen: Bools = np.isneginf(bias)
+            live = live & ~unseen
         own = logits(one, inputs, rows, live, bias, arithmetic)
         definition = logits(one, inputs.exact(), rows, live, bias, DEFINITION)
+        self.rows, self.slope = rows, own.slope
         self.top = own.top.max(axis=1, initial=0.0)[:, None]
         z, e, e64 = own.z, own.e, definition.e
-        if one.sink is not None:
+        if one.sink is not None:  # one more key, of value 0
             sink = float(one.sink)
             blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
-            more = ((z, sink), (e, blur), (e64, U * abs(sink)), (live, not np.isneginf(sink)))
-            z, e, e64, live = (np.c_[x, np.full(len(x), cell)] for x, cell in more)
-        self.live, self.n = live, live.sum(axis=1, keepdims=True)
+            more = ((z, sink), (e, blur), (e64, U * abs(sink)))
+            z, e, e64 = (np.concatenate([x, np.full((len(rows), 1), cell)], axis=1) for x, cell in more)
+            live = np.concatenate([live, np.full((len(rows), 1), not np.isneginf(sink))], axis=1)
+        self.live: Bools = live
+        self.n: Array = live.sum(axis=1, keepdims=True).astype(np.float64)
         self.empty: Bools = self.n == 0
-        self.m = np.where(self.empty, 0.0, z.max(axis=1, keepdims=True, initial=-np.inf))
+        self.m: Array = np.where(self.empty, 0.0, z.max(axis=1, keepdims=True, initial=-np.inf))
         away = np.where(live, np.abs(z - self.m), 0.0)
         e64 = np.where(live, e64 + 3 * U * away + rounding.EXP * (1 + rounding.EXP), 0.0)
-        self.doubt = e64.max(axis=1, keepdims=True, initial=0.0)
-        self.wide = EVALUATION * np.exp(4 * self.doubt)
-        self.em = e.max(axis=1, keepdims=True, initial=0.0)
-        self.rises = _rises(z, e, live, arithmetic)
-        self.e = np.where(live, self._exponents(z, e, away), 0.0)
+        self.doubt: Array = e64.max(axis=1, keepdims=True, initial=0.0)
+        self.wide: Array = EVALUATION * np.exp(4 * self.doubt)
+        self.em: Array = e.max(axis=1, keepdims=True, initial=0.0)
+        self.rises: Array = _rises(z, e, live, arithmetic)
+        self.e: Array = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
-        self.total = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
-        self.p = w / self.total
+        self.total: Array = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
+        self.w: Array = w
+        self.p: Array = w / self.total
         self._cast()
         self._sums()
 
@@ -244,7 +269,7 @@ class Rows:
         self.uP, lost = (0.0, 0.0) if exact else (f.weights.u, f.weights.tiny / a.weights_scale)
         prenorm = a.normalise == "before the cast"
         pe = self.p * np.exp(self.e)
-        self.zeta = np.minimum(lost if prenorm else lost * np.exp(self.em) / self.total, pe)
+        self.zeta: Array = np.minimum(lost if prenorm else lost * np.exp(self.em) / self.total, pe)
         self.common = a.row_sum == "rounded weights"
         if self.common:
             self.e = np.where(self.live, self.e - math.log1p(-self.uP), 0.0)
@@ -257,15 +282,15 @@ class Rows:
             updates = max(0, -(-len(self.inputs.k) // a.tile) - 1)
             depth = np.minimum(depth, np.minimum(a.tile, n) + updates + self.rises)
         h = (depth + (a.splits + 4 if a.splits > 1 else 0)) * self.u.sums
-        self.G = np.where(h < 1, h / np.where(h < 1, 1 - h, 1.0), np.inf)
-        self.pe = self.p * np.exp(self.e)
+        self.G: Array = np.where(h < 1, h / np.where(h < 1, 1 - h, 1.0), np.inf)
+        self.pe: Array = self.p * np.exp(self.e)
         tiny = 2 * (f.scores.tiny + 2 * f.accumulate.tiny) + LOST
-        self.lost = n * tiny * np.exp(self.e.max(axis=1, keepdims=True, initial=0.0)) * self.wide
-        self.missed = self.zeta.sum(axis=1, keepdims=True) * self.wide if self.common else 0.0 * self.lost
+        self.lost: Array = n * tiny * np.exp(self.e.max(axis=1, keepdims=True, initial=0.0)) * self.wide
+        self.missed: Array = self.zeta.sum(axis=1, keepdims=True) * self.wide * self.common
         up = (self.pe * (1 + self.G)).sum(axis=1, keepdims=True) + self.lost + self.missed
         down = (self.p * np.exp(-self.e) * (1 - self.G)).sum(axis=1, keepdims=True) - self.lost - self.missed
-        self.up, self.down = (np.where(self.empty, 1.0, x) for x in (up, down))
-        self.down = np.where(self.down > 0, self.down, 0.0)
+        self.up: Array = np.where(self.empty, 1.0, up)
+        self.down: Array = np.where(self.empty, 1.0, np.maximum(down, 0.0))
 
     def _overflows(self, size: Array, live: Bools) -> Bools:
         """Return where a number may leave its format (F5): (rows, E)."""
@@ -281,10 +306,11 @@ class Rows:
     def output(self) -> tuple[Array, Array]:
         """Return o of the definition and F1's E: (rows, E) each."""
         a, f, u, v, dv = self.arithmetic, self.arithmetic.formats, self.u.sums, self.inputs.v, self.inputs.dv
-        p, e, pe, G, zeta, live = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta, self.live))
+        p, e, pe, G, zeta = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta))
+        live = self.live[:, : len(v)]
         o, size = mix(p, v, live), np.abs(v)
         divided = max(u, self.u.scores) if a.normalise == "before the cast" else 0.0
-        theta = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
+        theta: Array = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
         tilt = p * np.expm1(e)
         numerator = _spans(tilt + zeta if self.common else tilt, v, o, live)
         numerator += mix(pe * theta + zeta * (G if self.common else 1 + G), size, live)
@@ -297,33 +323,50 @@ class Rows:
         numerator += self.lost * (1 + _highest(size + dv, live) + np.abs(o))
         # |v_j − o| and |o| are those of the definition's o
         spread = (self.p * np.expm1(self.e) + self.pe * self.G + self.zeta * (1 + self.G)).sum(axis=1, keepdims=True)
-        E = (numerator + spread * self.moved) / self.down * self.wide
+        error = (numerator + spread * self.moved) / self.down * self.wide
+        if (self.e > COARSE).any():
+            error = np.minimum(error, self._coarse(o, theta, size + dv, dv))
         kept = f.output.bits >= f.accumulate.bits and f.output.least <= f.accumulate.least
         omega = (1 + u) ** 2 * (1 + (0.0 if kept else f.output.u)) - 1
         tiny = 2 * f.accumulate.tiny + (0.0 if kept else f.output.tiny)
-        E = E * (1 + omega) + omega * (np.abs(o) + self.moved) + tiny
-        over = self._overflows(size + dv, live) | (np.abs(o) + E > f.output.largest) | np.isnan(E)
-        self.E = np.where(self.empty, 0.0, np.where(over, np.inf, E))
-        self.o = np.where(self.empty, 0.0, o)
-        return self.o, self.E
+        error = error * (1 + omega) + omega * (np.abs(o) + self.moved) + tiny
+        over = self._overflows(size + dv, live) | (np.abs(o) + error > f.output.largest) | np.isnan(error)
+        return np.where(self.empty, 0.0, o), np.where(self.empty, 0.0, np.where(over, np.inf, error))
+
+    def _coarse(self, o: Array, theta: Array, size: Array, dv: Array) -> Array:
+        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), means of values."""
+        a, live = self.arithmetic, self.live[:, : len(size)]
+        high, G = _highest(size, live), self.G.max(axis=1, keepdims=True, initial=0.0)
+        share, column, reach = theta.max(axis=1, keepdims=True, initial=0.0), np.zeros(self.p.shape), np.empty(o.shape)
+        tilt = np.minimum(np.where(self.live, self.e + 2 * self.doubt, 0.0), 700.0)
+        for c in range(o.shape[1]):
+            column[:, : len(size)] = np.where(live, self.inputs.v[:, c], 0.0)
+            low, top = box_interval(self.p, column, tilt)
+            reach[:, c] = np.maximum(top, -low)
+        # the largest computed weight is 1, so of the sum of the weights a cast loses at most n·η
+        missed = self.n * ((2 * a.formats.weights.tiny / a.weights_scale if self.uP else 0.0) + 2.0**-48) + self.lost
+        rest = share * high + (1 + share) * _highest(dv, live) + missed * (1 + 2 * high)
+        rest = rest + (G + missed) * (np.abs(o) + reach)
+        certain = np.where(G + missed < 1, 1 - G - missed, 0.0)
+        return (reach + 2 * self.moved + rest / certain) * self.wide
 
     def log_sum_exp(self) -> Array:
         """Return F2's E_L: (rows,)."""
         a, f = self.arithmetic, self.arithmetic.formats
         u, ln = f.accumulate.u, np.log(self.total)
         lse = np.abs(self.m + ln)
-        self.e_z = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
+        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
         # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
         constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
-        E = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
-        E = (E + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
-        E = E * 2 if a.splits > 1 else E
+        error = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
+        error = (error + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
+        error = error * 2 if a.splits > 1 else error
         if f.lse.bits < f.accumulate.bits or f.lse.least > f.accumulate.least:
-            E = E + f.lse.u * (lse + E) + f.lse.tiny
+            error = error + f.lse.u * (lse + error) + f.lse.tiny
         high = np.exp(self.em + a.lazy)
         over = (self.top > f.scores.largest) | (self.total * self.up * high > f.accumulate.largest)
-        over = over | (lse + E > f.lse.largest) | np.isnan(E)
-        return np.where(self.empty, 0.0, np.where(over, np.inf, E))[:, 0]
+        over = over | (lse + error > f.lse.largest) | np.isnan(error)
+        return np.where(self.empty, 0.0, np.where(over, np.inf, error))[:, 0]
 
 
 def _spans(tilted: Array, v: Array, o: Array, live: Bools) -> Array:

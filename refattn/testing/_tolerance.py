@@ -2,19 +2,21 @@ r"""How far an attention kernel of a stated arithmetic may be from the real numb
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from refattn import engines
+from refattn import _check, engines
 from refattn._mix import tiles
-from refattn.bias import BiasLike
-from refattn.engines import One, Order
+from refattn.bias import BiasLike, Table
+from refattn.engines import One, Order, Problem
 from refattn.heads import matrix
 from refattn.masks import MaskLike
-from refattn.rounding import Bounded
+from refattn.rounding import EVALUATION, Bounded, gamma
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._backward import Gradient, gradients
 from refattn.testing._forward import Inputs, Rows
 
 Array = NDArray[np.float64]
@@ -93,23 +95,66 @@ def tolerance(
     chosen = arithmetic_of(arithmetic)
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
     T, _, _, E = call.sizes
-    o, lse = np.zeros((*call.leads.shape, T, E)), np.zeros((*call.leads.shape, T))
+    shape = call.leads.shape
+    asked = do is not None or dlse is not None
+    do = np.zeros((*shape, T, E)) if do is None else _check.shaped("do", do, "T E", (*shape, T, E))
+    dlse = np.zeros((*shape, T)) if dlse is None else _check.shaped("dlse", dlse, "T", (*shape, T))
+    out, to_lse, sums = np.zeros((*shape, T, E)), np.zeros((*shape, T)), _Sums(call, chosen)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # where a number is not finite nothing is sure
         for n, one in enumerate(call.all()):
-            to_o, to_lse = _forward(one, chosen)
-            matrix(o, n)[:] = to_o
-            lse.reshape(-1, T)[n] = to_lse
-    return Tolerance(o, lse)
+            definition, lse = Bounded.lift(one.q).softmax_forward(one)
+            matrix(out, n)[:], to_lse.reshape(-1, T)[n] = _forward(one, chosen, definition, lse)
+            if asked:
+                cotangents = (np.array(matrix(do, n), np.float64), np.array(matrix(dlse, n, 1), np.float64))
+                sums.add(n, gradients(one, chosen, *cotangents, definition, lse))
+    return Tolerance(out, to_lse, *(sums.bounds() if asked else ()))
 
 
-def _forward(one: One, arithmetic: Arithmetic) -> tuple[Array, Array]:
+def _forward(one: One, arithmetic: Arithmetic, definition: Bounded, lse: Bounded) -> tuple[Array, Array]:
     """Return E and E_L of one problem."""
     T, S, _, width = one.problem.sizes
-    inputs = Inputs(one, arithmetic)
-    definition, lse = Bounded.lift(one.q).softmax_forward(one)
-    E, E_L = np.zeros((T, width)), np.zeros(T)
+    inputs, E, E_L = Inputs(one, arithmetic), np.zeros((T, width)), np.zeros(T)
     for rows in tiles(np.arange(T), S):
         some = Rows(one, inputs, rows, arithmetic, definition.error[rows])
         _, E[rows] = some.output()
         E_L[rows] = some.log_sum_exp() + lse.error[rows]
     return E, E_L
+
+
+class _Sums:
+    """Gradients by argument, summed over the problems that read it."""
+
+    def __init__(self, call: Problem, arithmetic: Arithmetic) -> None:
+        self.call, self.arithmetic = call, arithmetic
+        table = call.bias.array if isinstance(call.bias, Table) else None
+        arrays = {"q": call.q, "k": call.k, "v": call.v, "bias": table, "sink": call.sink}
+        self.shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
+        self.value, self.error, self.size = ({s: np.zeros(x) for s, x in self.shapes.items()} for _ in range(3))
+
+    def add(self, n: int, found: dict[str, Gradient]) -> None:
+        """Add one problem's."""
+        for name, (value, error) in found.items():
+            own = () if name == "sink" else self.shapes[name][-2:]
+            at = int(self.call.leads.of[name][n])
+            for total, part in ((self.value, value), (self.error, error), (self.size, np.abs(value) + error)):
+                total[name].reshape(-1, *own)[at] += part
+
+    def bounds(self) -> tuple[Array | None, ...]:
+        """Return what is allowed: the sum over problems is rounded too, as are its terms, if there are several."""
+        f, problems = self.arithmetic.formats, math.prod(self.call.leads.shape)
+        u, kept = f.output.u, f.output.bits >= f.accumulate.bits and f.output.least <= f.accumulate.least
+        out: list[Array | None] = []
+        for name in ("q", "k", "v", "bias", "sink"):
+            if name not in self.shapes:
+                out.append(None)
+                continue
+            error, shape = self.error[name], self.shapes[name]
+            count = problems * math.prod(shape[len(shape) - (0 if name == "sink" else 2) :]) // max(1, math.prod(shape))
+            if count > 1:
+                each = gamma(count, f.accumulate.u) + u
+                error = error + each * (1 + each) * self.size[name] + count * f.output.tiny
+            total = np.abs(self.value[name]) * EVALUATION + error
+            error = error if kept else error + u * total + f.output.tiny
+            over = (total + u * total > f.output.largest) | np.isnan(error)
+            out.append(np.where(over, np.inf, error * EVALUATION))
+        return tuple(out)
