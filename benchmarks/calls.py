@@ -32,7 +32,7 @@ def drawn(rng: np.random.Generator, *, most: int = 7) -> Call:
         "v": _numbers(rng, (*lead, few, S, E)),
     }
     across = (*lead, heads) if rng.random() < 0.5 else (*lead[:1], 1) if lead else (1,)
-    for name in chosen:
+    for name in sorted(chosen):
         given[name] = _feature(rng, name, across, heads, T, S, lead)
     return Call(**given)
 

@@ -15,18 +15,16 @@ import pytest
 
 from benchmarks.calls import drawn, written
 from refattn import conventions as like
-from refattn import rounding, softmax
 from refattn.conventions import AXES, LIBRARIES, Call, Convention, Profile, neighbours
 from refattn.engines import Unsupported
-from refattn.testing import assert_within
+from refattn.testing import assert_within, tolerance
 
 PROFILES = [
     profile for library in LIBRARIES for profile in importlib.import_module(f"refattn.conventions.{library}").PROFILES.values()
 ]
 NAMES = [profile.name for profile in PROFILES]
 
-allowed = partial(rounding.allowance, softmax.partial)
-allowed_gradients = partial(rounding.allowance, softmax.vjp)
+allowed = partial(tolerance, "fp64")
 
 
 def rows_of(call: Call, rows: str, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -167,3 +165,72 @@ def test_every_meaning_is_its_dense_formula(seed: int) -> None:
     for _ in range(25):
         call, how = drawn(rng), some_convention(rng)
         fits(call, how, *answer(call, how))
+
+
+def differ(call: Call, one: Convention, other: Convention) -> bool:
+    """Whether two meanings of a call are further apart than the rounding of both, or one is NaN or infinite alone."""
+    bounds, a, b = call.under(one).allowance(allowed), call.under(one).answer(), call.under(other).answer()
+    for x, y, bound in zip(a, b, bounds, strict=True):
+        with np.errstate(invalid="ignore"):
+            far = ~(np.abs(x - y) <= 2 * bound) & ~(x == y) & ~(np.isnan(x) & np.isnan(y))
+        if far.any():
+            return True
+    return False
+
+
+def test_every_value_of_every_axis_changes_some_answer() -> None:
+    rng, pending = np.random.default_rng(0), list(neighbours(Convention()))
+    for _ in range(400):
+        call = drawn(rng)
+        pending = [(axis, value, how) for axis, value, how in pending if not differ(call, Convention(), how)]
+        if not pending:
+            break
+    assert not [(axis, value) for axis, value, _ in pending]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_are_those_of_the_dense_formulas(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(15):
+        call, how = drawn(rng, most=5), some_convention(rng)
+        if call.sink is not None:
+            how = Convention(**{**vars(how), "sink": "counted"})
+        meaning = call.under(how)
+        do, dlse = (rng.standard_normal(x.shape) for x in meaning.answer())
+        expected, actual = gradients(call, how, do, dlse), meaning.vjp(do, dlse)._asdict()
+        bound = meaning.gradient_allowance(
+            lambda do, q, k, v, **options: tolerance("fp64", q, k, v, do=do, **options), do, dlse
+        )
+        for name in ("q", "k", "v", "bias", "sink"):
+            given = getattr(call, name)
+            if given is None:
+                continue
+            allowed_here = np.broadcast_to(getattr(bound, name), np.shape(given))
+            assert_within(actual[name], summed(expected[name], np.shape(given)), 2 * allowed_here, empty=True)
+
+
+def summed(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """What was broadcast collects the gradients of all that it was broadcast to."""
+    if x.size == int(np.prod(shape)):
+        return x.reshape(shape)
+    x = x.sum(tuple(range(x.ndim - len(shape))))
+    return x.sum(tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] > 1), keepdims=True).reshape(shape)
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=NAMES)
+def test_what_a_library_means_is_what_its_words_mean(profile: Profile) -> None:
+    rng = np.random.default_rng(len(profile.name))
+    for call, words in written(rng, profile, 20):
+        before = [np.array(x) for x in words.args if isinstance(x, np.ndarray)]
+        returned = profile.read(profile.function(*words.args, **words.kwargs), call)
+        assert returned.o.shape == (*np.shape(call.q)[:-1], np.shape(call.v)[-1])
+        fits(call, profile.convention, returned.o, returned.lse)
+        after = [x for x in words.args if isinstance(x, np.ndarray)]
+        assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=NAMES)
+def test_a_library_says_where_every_axis_was_read(profile: Profile) -> None:
+    assert set(profile.sources) == set(AXES())
+    files = [x for x in profile.sources.values() if x not in ("library", "has none", "not checked")]
+    assert not [x for x in files if not re.fullmatch(r"[\w./-]+\.(py|h|cpp|cu|cuh)", x)]

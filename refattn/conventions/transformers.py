@@ -6,6 +6,7 @@ here take that mask. ``"eager"`` masks are added and hold the least finite numbe
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import masks
 from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
-from refattn.conventions._words import LIBRARY, NONE, batched, has, like, no_dropout, some, sources, swapped
+from refattn.conventions._words import LIBRARY, NONE, batched, four, has, like, no_dropout, some, sources, swapped
 from refattn.engines import Unsupported
 
 EAGER = Convention(window="keys with its own", empty="mean of v", order="softcap, bias")
@@ -112,9 +113,9 @@ def _seen(call: Call, convention: Convention) -> Any:
     """Return the mask that a model makes of causality, windows, padding and a mask: (B or 1, H or 1, T, S), or None."""
     T, S = call.sizes
     whole = Call(
-        q=np.zeros((*np.shape(call.q)[:-1], 0)),
-        k=np.zeros((*np.shape(call.k)[:-1], 0)),
-        v=np.zeros((*np.shape(call.k)[:-1], 0)),
+        q=call.q,
+        k=call.k,
+        v=call.v,
         causal=call.causal,
         window=call.window,
         mask=call.mask,
@@ -123,8 +124,9 @@ def _seen(call: Call, convention: Convention) -> Any:
     mask: masks.Mask | None = whole.under(convention).options["mask"]
     if mask is None:
         return None
-    seen = mask.on(T, S).seen(np.arange(T), np.arange(S))
-    return seen.reshape((1,) * (4 - seen.ndim) + seen.shape)
+    pairs = mask.on(T, S)
+    each = [pairs.take(n).seen(np.arange(T), np.arange(S)) for n in range(math.prod(pairs.lead))]
+    return four(np.reshape(each, (*pairs.lead, T, S)))
 
 
 def _write_eager(call: Call) -> Written:

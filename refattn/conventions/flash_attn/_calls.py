@@ -101,6 +101,8 @@ def write_packed(who: str, call: Call, *names: str) -> tuple[Any, ...]:
 
 def write_cached(who: str, call: Call, table: str, extra: dict[str, Any], *names: str) -> Written:
     """Return the call with its keys in pages, in an order of their own."""
+    if call.slopes is not None and call.window is not None:
+        raise Unsupported(f"{who} with ALiBi and a window: what lse means depends on the pages")
     q, k, v = write_padded(who, call, "lengths", *names)
     lengths = np.full(len(q), k.shape[1]) if call.lengths is None else np.asarray(call.lengths)
     (k_cache, where), (v_cache, _) = pages(k, PAGE), pages(v, PAGE)
