@@ -19,7 +19,7 @@ from refattn.testing._attention import judge_call
 from refattn.testing._calling import Ask, Told, leaves
 from refattn.testing._configurations import CAPABILITIES, CONFIGURATIONS, Configuration, ordinary
 from refattn.testing._formats import Format
-from refattn.testing._places import cast, cotangents, gradients
+from refattn.testing._places import cast, cotangents, gradients, sayable
 from refattn.testing._report import Result
 from refattn.testing._verdicts import Verdict
 from refattn.testing._worker import Worker
@@ -141,9 +141,10 @@ class Run:
         return Result(one.name, one.capability, "forward", verdict, call, self.seed)
 
     def call(self, one: Configuration) -> Call:
-        """Return a configuration's call, in the dtype of the arithmetic's inputs."""
+        """Return a configuration's call in a form that the profile has words for, in the dtype of the inputs."""
         rng = np.random.default_rng([self.seed, zlib.crc32(one.name.encode())])
-        return cast(one.make(rng, self.profile.convention), self.dtype)
+        call = one.make(rng, self.profile.convention)
+        return cast(sayable(self.profile, call) or call, self.dtype)
 
     def kept(self, verdict: Verdict, call: Call, told: Told | None) -> Returned | None:
         """Return the answer itself, where it is wrong and can be looked at."""
@@ -216,6 +217,8 @@ class Run:
     def _property(self, name: str) -> Result:
         own = Configuration(name=name, capability="properties", make=_batched, promised=False)
         call = self.call(own)
+        if np.ndim(call.q) != 4:
+            return self.result(own, Verdict("unsupported", said=(f"{self.profile.name} has no batches",)), call)
         return self.result(own, self._same_bits(call, PROPERTIES[name](call)), call)
 
     def _same_bits(self, call: Call, other: Call) -> Verdict:
