@@ -22,6 +22,7 @@ KINDS = (
     "ascending",
     "uniform",
     "midpoints",
+    "cancelling",
 )
 
 
@@ -105,9 +106,12 @@ def draw(
         q, v[:, 1:] = q * 0.0, 0.0
         table = midpoints(f.weights.u, v[:, 0], rng)[None].repeat(T, axis=0)
         sink = np.array(0.0)
+    elif kind == "cancelling":
+        q = q * 16
+        table = -(f.inputs.round(q) @ f.inputs.round(k).T) * (options["scale"] or D**-0.5)
     arrays: dict[str, Any] = {"q": f.inputs.round(q), "k": f.inputs.round(k), "v": f.inputs.round(v)}
     if table is not None:
-        if kind != "midpoints" and rng.random() < 0.3:
+        if kind not in ("midpoints", "cancelling") and rng.random() < 0.3:
             table = np.where(rng.random((T, S)) < 0.3, -np.inf, table)
         arrays["bias"] = table if kind == "midpoints" else f.inputs.round(table)
     elif rng.random() < 0.1:

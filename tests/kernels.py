@@ -37,7 +37,7 @@ def bottom_right(query: Any, key: Any, value: Any, is_causal: bool = False, **na
 
 def a_little_off(query: Any, key: Any, value: Any, **named: Any) -> Any:
     """Be within the bound and beyond what is usual."""
-    return right(query, key, value, **named) * np.float32(1 + 2.0**-20)
+    return right(query, key, value, **named) * np.float32(1 + 2.0**-10)
 
 
 def raises(query: Any, *_: Any, **__: Any) -> Any:

@@ -17,7 +17,7 @@ from refattn.testing import Report, check, conformance, strategies
 from refattn.testing._configurations import CAPABILITIES, CONFIGURATIONS
 from refattn.testing._kit import conclude
 from refattn.testing._places import cast
-from refattn.testing._run import DRAWN, names
+from refattn.testing._run import DRAWN, names, prepare
 from refattn.testing._verdicts import KINDS
 from refattn.testing._worker import Worker
 
@@ -78,6 +78,8 @@ def test_a_wrong_alignment_is_convicted_where_it_shows_and_nowhere_else() -> Non
     report = run("bottom_right", only=["plain", "causal"])
     guilty = {one.configuration for one in report.wrong}
     assert guilty == {"causal, fewer rows than keys", "causal, more rows than keys", "causal, one row"}
+    why = str(report).rpartition("what explains 3 of 3 wrong answers")[2]
+    assert "your kernel aligns rows to the bottom-right" in why
 
 
 def test_a_transposed_view_that_is_read_in_order_is_convicted() -> None:
@@ -257,7 +259,10 @@ def test_every_kind_of_verdict_ends_a_test() -> None:
     from refattn.testing._report import Result
     from refattn.testing._verdicts import Verdict
 
-    ends = {kind: ended(lambda kind=kind: conclude([Result("", "", "", Verdict(kind), None, 0)])) for kind in KINDS}
+    trial = prepare("math:hypot")
+    ends = {
+        kind: ended(lambda kind=kind: conclude(trial, [Result("", "", "", Verdict(kind), None, 0)])) for kind in KINDS
+    }
     assert ends.pop("right") == "passed"
     assert (ends.pop("unsupported"), ends.pop("does not hold"), ends.pop("suspect")) == (
         "Skipped",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,7 +152,7 @@ def judge(
 def chosen(arithmetic: Arithmetic | str | None, like: Any) -> Arithmetic:
     """Return an arithmetic by name, as it is, or by the dtype of an array."""
     if arithmetic is None:
-        name = dtype_name(like) if framework_of(like) else str(np.asarray(like).dtype)
+        name = dtype_name(like if framework_of(like) else to_numpy(like))
         if name not in BY_DTYPE:
             raise ValueError(f"arithmetic is not given, and no preset is for {name}; expected an Arithmetic")
         return PRESETS[BY_DTYPE[name]]
@@ -355,7 +354,5 @@ def _keys_seen(meaning: Meaning) -> NDArray[np.intp]:
 
 def _explained(call: Call, convention: Convention, arithmetic: Arithmetic, o: Any, lse: Any) -> str:
     """Return what would explain a wrong answer, as the diagnosis says it."""
-    if importlib.util.find_spec("refattn.testing._diagnosis") is None:
-        return ""
     diagnosis: Any = importlib.import_module("refattn.testing._diagnosis")
     return str(diagnosis.diagnose(call, convention, np.asarray(o, np.float64), lse, arithmetic))

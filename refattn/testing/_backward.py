@@ -86,7 +86,7 @@ class _Part:
         e = np.where(self.live, e - math.log1p(-cast), 0.0)
         self.e, self.common, self.grow = e, common, np.exp(common)
         delta = self._delta(o, E, g, d, lost) + moved
-        E_D = delta + self.u * (np.abs(own) + delta)
+        E_D = delta + self.u * (np.abs(own) + delta + np.abs(dlse[:, None]))
         X = np.where(self.live, g + own, 0.0)
         far = np.where(self.live, np.abs(X) + blur + moved, 0.0)
         self._ds(X, far, d, E_D, lost)

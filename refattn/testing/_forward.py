@@ -67,7 +67,7 @@ def cast_error(x: Array, f: Format | None, descale: bool = False) -> Array:
         return np.where(size > f.largest, np.inf, f.u * size + f.tiny)
     rest = np.where(np.isfinite(size), size, 0.0)  # what nobody sees
     factor = rest.max(initial=0.0) / f.largest
-    u = (1 + f.u) * (1 + 4 * 2.0**-24) - 1
+    u = (1 + f.u) * (1 + 6 * 2.0**-24) - 1  # the factor and its products are float32
     return np.where(np.isfinite(size), u * size + 2 * factor * f.tiny, np.inf)
 
 
@@ -112,7 +112,8 @@ def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Arr
     if factor == 1:
         return np.abs(x), dx
     size, dx = factor * np.abs(x), factor * dx
-    return size, dx + ((1 + 3 * u) * (1 + f.u) - 1) * (size + dx) + f.tiny
+    error = dx + ((1 + 3 * u) * (1 + f.u) - 1) * (size + dx) + f.tiny
+    return size, np.where(size + error > f.largest, np.inf, error)
 
 
 def logits(
@@ -134,7 +135,8 @@ def logits(
         steps.top = np.maximum(size * (1 + gamma(D, u.dots)), (q + dq).max(axis=1, initial=0.0)[:, None])
         steps.store()
         if arithmetic.scale == "scores":
-            steps.times(dots, after)
+            # 1/√D or the float that is given is off by 2u, which moves differences of logits: unless something follows
+            steps.times(dots, after, 2 if bias is not None or call.softcap is not None else 0)
         if bias is not None and call.order == "bias, softcap":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
         if call.softcap is not None:
@@ -166,9 +168,9 @@ class _Steps:
             self.rounding(self.stored.u, self.stored.tiny)
             self.e = np.where(over, np.inf, self.e)
 
-    def times(self, z: Array, factor: float) -> None:
+    def times(self, z: Array, factor: float, more: int) -> None:
         self.z, self.e = z, factor * self.e
-        self.rounding(self.u, self.f.tiny)
+        self.rounding((1 + more) * (1 + self.u) * self.u, self.f.tiny)
         self.store()
 
     def plus(self, bias: Array, error: Array) -> None:
@@ -179,7 +181,7 @@ class _Steps:
     def cap(self, c: float) -> None:
         stored = 0.0 if self.stored is None else self.stored.u
         tiny = 0.0 if self.stored is None else self.stored.tiny
-        inner = 3 * self.u + stored
+        inner = 2 * self.u + stored
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
         self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
         t = np.tanh(self.z / c)
@@ -240,7 +242,7 @@ class Rows:
         self.doubt: Array = e64.max(axis=1, keepdims=True, initial=0.0)
         self.wide: Array = EVALUATION * np.exp(4 * self.doubt)
         self.em: Array = e.max(axis=1, keepdims=True, initial=0.0)
-        self.rises: Array = _rises(z, e, live, arithmetic)
+        self.rises: Array = _rises(z, e, live, arithmetic, z.shape[1] - len(keys))
         self.e: Array = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
         self.total: Array = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
@@ -385,7 +387,7 @@ def _highest(size: Array, live: Bools) -> Array:
     return np.stack([np.where(live, column, 0.0).max(axis=1, initial=0.0) for column in size.T], axis=1)
 
 
-def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic) -> Array:
+def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic, sinks: int) -> Array:
     """Bound how often the running maximum rises after each key: by the keys whose computed logits may be above its.
 
     A rise rescales what was accumulated; a factor of 1 is exact.
@@ -394,7 +396,7 @@ def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic) -> Array:
         return np.zeros_like(z)
     most = np.maximum(live.sum(axis=1, keepdims=True) - 1, 0)
     if arithmetic.tile is not None:
-        most = np.minimum(most, max(0, -(-z.shape[1] // arithmetic.tile) - 1))
+        most = np.minimum(most, max(0, -(-(z.shape[1] - sinks) // arithmetic.tile) - 1) + sinks)
     if not most.any():
         return np.zeros_like(z)
     above, upper = np.empty_like(z), np.sort(np.where(live, z + e, -np.inf), axis=1)

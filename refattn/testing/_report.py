@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refattn.conventions import Call
+from refattn.conventions import Call, Returned
 from refattn.testing._verdicts import INNOCENT, KINDS, Verdict, worst
 
 
@@ -28,6 +28,8 @@ class Result:
         The problem, to ask it again; of drawn problems the smallest that fails.
     seed
         What draws it again.
+    answer
+        What was answered, where it is wrong.
     """
 
     configuration: str
@@ -36,6 +38,7 @@ class Result:
     verdict: Verdict
     call: Call | None
     seed: int
+    answer: Returned | None = None
 
     def __str__(self) -> str:
         """Return the verdict under its name."""
@@ -53,6 +56,8 @@ class Report:
         What was asked.
     results
         Every verdict.
+    diagnosis
+        What explains the most wrong answers.
     notes
         What could not be done.
     seconds
@@ -64,6 +69,7 @@ class Report:
     arithmetic: str
     seed: int
     results: tuple[Result, ...]
+    diagnosis: str = ""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -122,7 +128,7 @@ class Report:
         smallest = self.smallest
         if smallest is not None and smallest.call is not None:
             lines += ["", f"the smallest problem that fails: {described(smallest.call)}"]
-            lines += [smallest.verdict.diagnosis or "nothing is said of why"]
+        lines += [self.diagnosis] if self.diagnosis else []
         return "\n".join(lines)
 
     def replay(self, one: Result) -> str:

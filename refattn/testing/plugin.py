@@ -73,7 +73,7 @@ class Question(pytest.Item):
         from refattn.testing._kit import conclude
 
         assert isinstance(self.parent, Kernel)
-        conclude(self.parent.run.results(self.name))
+        conclude(self.parent.run, self.parent.run.results(self.name))
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         """Name it in reports."""
