@@ -52,14 +52,15 @@ F5  Domain
 Statement    The tolerance is ∞ where a number may leave its format: an operand, Σ|q||k|, a stored score, c·P, a row sum
              or Σŵ|v|, the output; and finite where none may, unless γ_h is.
 Derivation   each is bounded by the sizes above; where one is exceeded nothing follows.
-Equality     at the largest number of float16 the tolerance is finite, and ∞ at the next.
+Equality     nearly: stored scores of 60000 are promised something in float16, of 65504 nothing.
 
 F6  Typical errors. A model, not a theorem
 Statement    If roundings are independent and of mean zero, with λ = √(2 ln(12N/δ)), none of N numbers exceeds `typical`
              but with probability δ: γ_h → λu√h; errors of weights add in squares over keys.
 Derivation   Hoeffding's inequality for each, and a union over numbers and terms; Higham and Mary 2019.
-Loose        casts are not independent for weights that are aligned with v (a test exhibits it) or for near-uniform rows, whose
-             weights round alike: the cast of P is at least 5/4 of what it does to the exact weights at 32 scales.
+Loose        casts are not independent for weights that are aligned with v (a test exhibits it) or for near-uniform
+             rows, whose weights round alike: the cast of P is at least 5/4 of what it does to the exact weights at 32
+             scales.
 
 B4a Gradients
 Statement    The formulas of B1 in the arithmetic are within `refattn.testing._backward`, whose letters these are.
