@@ -196,6 +196,20 @@ def test_a_weight_between_two_numbers_reaches_the_tolerance_of_its_value(tight: 
     assert judge_gradients(tight, run, None, steps) > 0.9
 
 
+@pytest.mark.parametrize("preset", ["fa2-bf16", "fa2-fp16"])
+def test_a_gradient_of_a_logit_between_two_numbers_reaches_the_tolerance_of_the_query(
+    tight: Tight, preset: str
+) -> None:
+    # two keys of equal weight and opposite values: dS is ±v/2, of which dq has the first
+    v = 2 * (1 + PRESETS[preset].formats.weights.u) * (1 + 1e-5)
+    arrays = {"q": np.zeros((1, 1)), "k": np.array([[1.0], [0.0]]), "v": np.float32([[v], [-v]]).astype(np.float64)}
+    changes: dict[str, Any] = {"inputs": "float32", "output": "float32", "exp_ulp": 1.0, "tile": 64, "delta": "weights"}
+    arithmetic = dataclasses.replace(PRESETS[preset], **changes)
+    run = emulated.Run(arithmetic, arrays, {"scale": 1.0}, np.ones((1, 1)), None, {})
+    steps = {name: np.full(np.shape(x), float(name == "q")) for name, x in arrays.items()}
+    assert judge_gradients(tight, run, None, steps) > 0.9
+
+
 # --- formulas that are false ------------------------------------------------------------------------------------------
 
 FP8 = Arithmetic(
@@ -208,24 +222,19 @@ FP8 = Arithmetic(
 )
 
 
-def underflowing() -> tuple[list[Array], dict[str, Any]]:
-    """Return 63 weights of 2⁻¹¹, which e4m3 loses, beside one of 1."""
-    v = np.zeros((64, 1))
-    v[0] = 1.0
-    logits = np.full((1, 64), -11 * math.log(2.0))
-    logits[0, 0] = 0.0
-    return [np.zeros((1, 1)), np.zeros((64, 1)), v], {"bias": logits, "scale": 1.0}
-
-
 def test_a_cast_inside_the_row_sum_as_a_relative_error_alone_is_false() -> None:
-    arrays, named = underflowing()
+    # 600 weights of 2⁻¹¹, which e4m3 loses, beside one of 1
+    v = np.zeros((601, 1))
+    v[0] = 1.0
+    logits = np.full((1, 601), -11 * math.log(2.0))
+    logits[0, 0] = 0.0
+    arrays, named = [np.zeros((1, 1)), np.zeros((601, 1)), v], {"bias": logits, "scale": 1.0}
     o, lse = emulate.attend(FP8, *arrays, **named)
     truth, truth_lse = softmax.partial(*arrays, **named)
-    p = softmax.weights(*arrays[:2], **named)
-    u = FORMATS["float8_e4m3"].u
-    relative = (p @ np.abs(arrays[2] - truth)) * ((1 + u) / (1 - u) - 1)
-    allowed = tolerance(FP8, *arrays, **named)
-    assert (np.abs(o - truth) > relative).all()
+    u, allowed = FORMATS["float8_e4m3"].u, tolerance(FP8, *arrays, **named)
+    relative = ((1 + u) / (1 - u) - 1) * softmax.weights(*arrays[:2], **named) @ np.abs(v - truth)
+    assert (np.abs(o - truth) > relative / 2).all()
+    assert (np.abs(lse - truth_lse) > 2 * math.log1p(u)).all()
     assert (np.abs(o - truth) <= allowed.o).all()
     assert (np.abs(lse - truth_lse) <= allowed.lse).all()
 
