@@ -34,7 +34,7 @@ Derivation   1 operands: a cast to `inputs` moves a number by what it is seen to
              ô−o = [Σp_j(e^{η_j}−1)(v_j−o) + Σp_je^{η_j}(θ_jv_j−φ_jo)] / Σp_je^{η_j}(1+φ_j): triangle inequality.
              8 the formula is evaluated with p̃ and õ of the float64 definition, e^{±2d} and E₆₄ from the real ones (F1
              of test_rounding.py, d = max e there): each |v_j−o| grows by E₆₄, the quotient by e^{4d} (`wide`).
-             9 coarse weights (e_j > 0.05): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the largest
+             9 coarse weights (some e_j > 0.2): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the largest
              computed weight is 1, so Σŵ ≥ 1 and the casts lose ≤ nη_P/c of it. Means of values are ≤ max|v|: |ô−o| ≤
              R + [θ max|v| + (1+θ)max dv + lost(1+2max|v|) + (G+lost)(|o|+R)]/(1−G−lost). The smaller of both counts.
 Equality     nearly: weights at the middle of two numbers of P's format, on the side on which v gains.
@@ -254,6 +254,31 @@ def test_a_rounded_scaled_q_as_a_relative_error_of_the_logit_is_false() -> None:
     assert (np.abs(lse - truth_lse) > 2 * f.u * logits).all()
     assert (np.abs(lse - truth_lse) <= allowed.lse).all()
     assert (np.abs(o - truth) <= allowed.o).all()
+
+
+def contracted(logits: Array, v: Array, telescopes: bool) -> float:
+    """Return attention in float32, a key at a time, with rescaling factors of fused products or of two that differ."""
+    round_, c = FORMATS["float32"].round, float(np.float32(math.log2(math.e)))
+    top, base, total, acc = logits[0], round_(logits[0] * c), np.array(1.0), v[0]
+    for s, x in zip(logits[1:], v[1:], strict=True):
+        old, old_base, top = top, base, max(top, s)
+        base = round_(top * c)
+        factor = round_(np.exp2(round_((old_base if telescopes else old * c) - base)))
+        w = round_(np.exp2(round_(s * c - base)))
+        total, acc = round_(round_(total * factor) + w), round_(round_(acc * factor) + w * x)
+    return float(acc / total)
+
+
+def test_rescaling_by_a_fused_product_of_the_old_maximum_is_not_covered() -> None:
+    # rising maxima, each of whose products with log₂e is rounded up: the factors' errors add instead of cancelling
+    f, c = FORMATS["float32"], float(np.float32(math.log2(math.e)))
+    rising = f.round(900 + np.arange(4000) * 2.0**-13)
+    logits = rising[(f.round(rising * c) - rising * c) > 0.7 * 2.0**-14][:128]
+    v, one = f.round(np.linspace(-1, 1, len(logits))), np.zeros((1, 1))
+    arrays, named = [one, np.zeros((len(logits), 1)), v[:, None]], {"bias": logits[None], "scale": 1.0}
+    truth, allowed = softmax.attend(*arrays, **named), tolerance("fp32", *arrays, **named).o
+    assert (np.abs(contracted(logits, v, telescopes=True) - truth) <= allowed).all()
+    assert (np.abs(contracted(logits, v, telescopes=False) - truth) > 2 * allowed).all()
 
 
 def test_the_error_of_delta_grows_with_an_offset_of_the_keys(tight: Tight) -> None:

@@ -25,7 +25,7 @@ from refattn.testing._formats import Format
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-COARSE = 0.05
+COARSE = 0.2
 """Above this logarithmic error of a weight the first-order form of F1 is left."""
 DEFINITION = Arithmetic(
     inputs="float64",
