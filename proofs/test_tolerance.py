@@ -34,9 +34,9 @@ Derivation   1 operands: a cast to `inputs` moves a number by what it is seen to
              ô−o = [Σp_j(e^{η_j}−1)(v_j−o) + Σp_je^{η_j}(θ_jv_j−φ_jo)] / Σp_je^{η_j}(1+φ_j): triangle inequality.
              8 the formula is evaluated with p̃ and õ of the float64 definition, e^{±2d} and E₆₄ from the real ones (F1
              of test_rounding.py, d = max e there): each |v_j−o| grows by E₆₄, the quotient by e^{4d} (`wide`).
-             9 coarse weights (some e_j > 0.2): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the largest
-             computed weight is 1, so Σŵ ≥ 1 and the casts lose ≤ nη_P/c of it. Means of values are ≤ max|v|: |ô−o| ≤
-             R + [θ max|v| + (1+θ)max dv + lost(1+2max|v|) + (G+lost)(|o|+R)]/(1−G−lost). The smaller of both counts.
+             9 coarse weights (some e_j > 0.2): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the
+             largest computed weight is 1, so Σŵ ≥ 1 and the casts lose ≤ nη_P/c of it. Means of values are ≤ max|v|:
+             |ô−o| ≤ R + [θ max|v| + (1+θ)max dv + lost(1+2max|v|) + (G+lost)(|o|+R)]/(1−G−lost). The smaller counts.
 Equality     nearly: weights at the middle of two numbers of P's format, on the side on which v gains.
 
 F2a Log-sum-exp

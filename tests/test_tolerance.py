@@ -217,6 +217,16 @@ def test_nothing_is_promised_where_a_number_may_not_be_finite(value: float, wher
     assert np.isinf(allowed.o[0, 0])
 
 
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_a_sink_of_weight_zero_allows_as_much_as_none(preset: str) -> None:
+    q, k, v, do = drawn((3, 8), (6, 8), (6, 3), (3, 3))
+    q = FORMATS["bfloat16"].round(q)
+    named: dict[str, Any] = {"do": do, "mask": masks.causal()}
+    none, zero = tolerance(preset, q, k, v, **named), tolerance(preset, q, k, v, sink=-np.inf, **named)
+    for name in ("o", "lse", "q", "k", "v"):
+        np.testing.assert_array_equal(getattr(zero, name), getattr(none, name))
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0), (1, 1)])
 def test_empty_and_single_axes_have_tolerances(sizes: tuple[int, int]) -> None:
     T, S = sizes
