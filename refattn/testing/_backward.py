@@ -26,6 +26,12 @@ class Gradient(NamedTuple):
     error: Array
 
 
+def flat(x: Array, axes: int) -> Array:
+    """Return a view in which an array's leading axes are one."""
+    cut = x.ndim - axes
+    return x.reshape(math.prod(x.shape[:cut]), *x.shape[cut:])
+
+
 def gradients(
     one: One, arithmetic: Arithmetic, do: Array, dlse: Array, definition: Bounded, lse: Bounded
 ) -> dict[str, Gradient]:
@@ -158,7 +164,7 @@ class _Part:
         """Return each argument's share; sums over rows have T terms."""
         state, one, a = self.state, self.one, self.state.arithmetic
         call, live, turned, wide, u = one.problem, self.live, self.live.T, state.wide, self.u
-        f, inputs, sums = a.formats, state.inputs, state.u.sums
+        f, inputs = a.formats, state.inputs
         sigma, n = abs(call.multiplier), live.shape[1]
         grow, tilt = self.grow, np.expm1(self.common)
         own, size = (np.where(live, x * wide, 0.0) for x in (self.own_z, self.size_z))
@@ -169,18 +175,20 @@ class _Part:
         real = np.where(live, self.ps * self.far, 0.0)
         blur = np.expm1(4 * state.doubt) + 2 * n * U
         unsure = mix((1 + blur) * real - np.abs(self.dz), k, live)
+        cost, lost = self._sums(n, n, 1)
         error = mix(own, k, live) + grow * self.E_D * wide * (np.abs(p_k) + blur * mix(self.ps, k, live))
-        error = error + tilt * (np.abs(to_k) + unsure) + gamma(n, sums) * mix(size, k + dk_in, live)
+        error = error + tilt * (np.abs(to_k) + unsure) + cost * mix(size, k + dk_in, live)
         error = error + mix(size, dk_in, live) + n * f.accumulate.tiny
         value = call.multiplier * to_k
-        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny
+        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost
         out["q"] = Gradient(value, np.where(live.any(axis=1, keepdims=True), error, 0.0))
 
         whole = own + np.where(live, wide * (grow * self.E_D * self.ps_error() + tilt * real), 0.0)
         value = call.multiplier * mix(self.dz.T, inputs.q[state.rows], turned)
-        error = mix(whole.T, q, turned) + gamma(T + 1, sums) * mix(size.T, q + dq_in, turned)
+        cost, lost = self._sums(T, T + 1, 0)
+        error = mix(whole.T, q, turned) + cost * mix(size.T, q + dq_in, turned)
         error = error + mix(size.T, dq_in, turned) + T * f.accumulate.tiny
-        out["k"] = Gradient(value, sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny)
+        out["k"] = Gradient(value, sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost)
 
         both, rounded = np.minimum(self.e + self.common, 700.0), a.normalise == "before the cast"
         w = self.p * np.expm1(both) * wide
@@ -192,14 +200,27 @@ class _Part:
         cast = np.where(live, cast + 2 * f.scores.tiny + LOST, 0.0)
         size_o = np.abs(self.do)
         error = mix(np.maximum(cast - self.p, 0.0).T, size_o, turned)
-        error = error + gamma(T, sums) * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
-        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny)
+        cost, lost = self._sums(T, T, 0)
+        error = error + cost * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
+        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny + lost)
 
         if isinstance(call.bias, Table):
             out["bias"] = self._bias(call.bias, whole, T)
         if call.sink is not None:
             out["sink"] = self._sink(T)
         return out
+
+    def _sums(self, n: int, roundings: int, which: int) -> tuple[float, float]:
+        """Bound what a sum of n terms costs, as a part of their sizes, and what underflow takes from it.
+
+        Where gradients are stored, every block of terms but the last is rounded to `output` once more.
+        """
+        a, cost = self.state.arithmetic, gamma(roundings, self.state.u.sums)
+        if a.stored_gradients is None:
+            return cost, 0.0
+        blocks = -(-n // a.stored_gradients[which]) - 1
+        f = a.formats.output
+        return (1 + cost) * (1 + gamma(blocks, f.u)) - 1, blocks * f.tiny
 
     def ps_error(self) -> Array:
         """Bound p times the softcap's slope as it is computed."""

@@ -25,7 +25,7 @@ from refattn.testing._formats import Format
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-COARSE = 0.05
+COARSE = 0.2
 """Above this logarithmic error of a weight the first-order form of F1 is left."""
 DEFINITION = Arithmetic(
     inputs="float64",
@@ -229,8 +229,9 @@ class Rows:
         z, e, e64 = own.z, own.e, definition.e
         if one.sink is not None:  # one more key, of value 0
             sink = float(one.sink)
-            blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
-            more = ((z, sink), (e, blur), (e64, U * abs(sink)))
+            size = 0.0 if np.isneginf(sink) else abs(sink)
+            blur = abs(size - float(f.scores.round(np.array(size)))) + f.scores.u * size
+            more = ((z, sink), (e, blur), (e64, U * size))
             z, e, e64 = (np.concatenate([x, np.full((len(rows), 1), cell)], axis=1) for x, cell in more)
             live = np.concatenate([live, np.full((len(rows), 1), not np.isneginf(sink))], axis=1)
         self.live: Bools = live

@@ -15,6 +15,7 @@ from refattn.heads import matrix
 from refattn.masks import MaskLike
 from refattn.rounding import Bounded
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._backward import flat
 from refattn.testing._forward import Inputs, Rows
 from refattn.testing._tolerance import Tolerance
 
@@ -76,7 +77,7 @@ def typical(
     odds = math.sqrt(2 * math.log(12 * max(1, o.size + lse.size) / _check.probability("rate", rate)))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for n, one in enumerate(call.all()):
-            matrix(o, n)[:], lse.reshape(-1, T)[n] = _one(one, chosen, odds)
+            matrix(o, n)[:], flat(lse, 1)[n] = _one(one, chosen, odds)
     return Tolerance(o, lse)
 
 
@@ -90,7 +91,7 @@ def _one(one: One, arithmetic: Arithmetic, odds: float) -> tuple[Array, Array]:
         error, error_lse = _Typical(state, one, odds).errors(answer)
         o[rows] = np.fmin(error + definition.error[rows], most)
         lse[rows] = np.fmin(error_lse, state.log_sum_exp()) + definition_lse.error[rows]
-    return o, lse
+    return o, np.where(np.isnan(lse), np.inf, lse)
 
 
 class _Typical:
