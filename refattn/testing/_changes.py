@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from refattn.conventions import Call, Convention
-from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, positions, window
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, key_heads, positions, window
 
 TILES = (16, 32, 64, 128, 256)
 """Tile sizes that are tried."""
@@ -376,8 +376,7 @@ def _put(w: Written, call: Call, **given: Any) -> Written | None:
         if np.array_equal(x, np.asarray(getattr(call, name), np.float64), equal_nan=True):
             return None
         few = x.shape[-3] if x.ndim > 2 else 1
-        tiled = w.convention.groups == "tiled"
-        own = np.arange(heads) % few if tiled else np.arange(heads) // (heads // few)
+        own = key_heads(heads, few, w.convention)
         found[name] = _wide(x[..., own, :, :] if x.ndim > 2 else x, w, name)
     return w.reading(**found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
-from refattn.testing import _changes, _online_changes
+from refattn.testing import _changes, _gradient_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
-from refattn.testing._written import Bools, Floats, Outcome, Written, write
+from refattn.testing._gradient_changes import Pass
+from refattn.testing._tolerance import tolerance
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, write
 
 NEAREST = 24
 """How many of the nearest answers are given their own allowance."""
@@ -92,6 +94,10 @@ def diagnose(
     o: ArrayLike,
     lse: ArrayLike | None = None,
     arithmetic: Arithmetic | str = "fp32",
+    *,
+    gradients: Mapping[str, ArrayLike] | None = None,
+    do: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
 ) -> Diagnosis:
     r"""Search for what explains a kernel's answer.
 
@@ -112,11 +118,16 @@ def diagnose(
         Its log-sum-exp, which tells more.
     arithmetic
         What the kernel computes in.
+    gradients : mapping, optional
+        Of "q", "k", "v", "bias" or "sink", in their shapes, those of ⟨do, o⟩ + ⟨dlse, lse⟩. They are looked at where o
+        and lse are right.
+    do, dlse : (..., H, T, E), (..., H, T), optional
+        The cotangents; `do` is required with gradients.
 
     Raises
     ------
     ValueError
-        An answer of another shape than the call has.
+        An answer of another shape than the call has; gradients without `do`.
 
     Examples
     --------
@@ -127,9 +138,13 @@ def diagnose(
     aligns rows to the top-left: causal starts with row 0 at key 0
     """
     known = arithmetic_of(arithmetic)
+    if gradients is not None and do is None:
+        raise ValueError("do is missing; expected the cotangent that the gradients are of")
     base = write(call, convention)
     seen = _Answer.of(base, known, o, lse)
     ratio = seen.ratio(base.outcome(), known)
+    if ratio <= 1 and gradients is not None:
+        return _backward(call, convention, gradients, do, dlse, known)
     if ratio <= 1:
         return Diagnosis(ratio, (), (), 0)
     tried = [_tried(change, change.make, base, seen) for change in _singles(call, convention, base, seen, known)]
@@ -146,6 +161,69 @@ def diagnose(
     missing = [f"axis {name}" for name in AXES if name not in axes]
     missing += [kind for kind in dict.fromkeys(k for one in tried for k in one.kinds) if kind not in exercised]
     return Diagnosis(ratio, tuple(found), tuple(missing), count)
+
+
+def _backward(
+    call: Call, convention: Convention, gradients: Mapping[str, ArrayLike], do: Any, dlse: Any, arithmetic: Arithmetic
+) -> Diagnosis:
+    """Search for what explains gradients.
+
+    A changed gradient is allowed what the right one is, and as much for each unit of its absolute terms.
+    """
+    right = _gradient_changes.backward(call, convention, do, dlse)
+    allowed = _gradient_allowance(call, convention, right.do, right.dlse, arithmetic)
+    actual = {name: np.asarray(x, np.float64) for name, x in gradients.items()}
+    plain = right.gradients()
+    for name, x in actual.items():
+        if name not in plain or x.shape != plain[name].shape:
+            raise ValueError(
+                f"gradients has {name!r} of shape {x.shape}; expected {plain[name].shape if name in plain else 'no such gradient'}"
+            )
+
+    with np.errstate(all="ignore"):
+        level = {s: np.nanmax(allowed[s] / x, initial=0.0) for s, x in right.sizes().items()}
+
+    def far(changed: Pass, actual: Mapping[str, Floats]) -> float:
+        other, sizes = changed.gradients(), {} if changed is right else changed.sizes()
+        return _largest(_ratio(x, other[s], allowed[s] + level[s] * sizes.get(s, 0.0)) for s, x in actual.items())
+
+    ratio = far(right, actual)
+    if ratio <= 1:
+        return Diagnosis(ratio, (), (), 0)
+    found: list[Explanation] = []
+    seen: dict[str, bool] = {}
+    count = 0
+    with np.errstate(all="ignore"):
+        for change in _gradient_changes.changes(right):
+            count += 1
+            changed = change.make(right)
+            other = changed.gradients()
+            seen[change.kind] = seen.get(change.kind, False) or far(right, {s: other[s] for s in actual}) > 2
+            if (r := far(changed, actual)) <= 1:
+                found.append(Explanation((change.kind,), change.said, r, ratio / max(r, 2.0**-20)))
+    found.sort(key=lambda one: one.ratio)
+    return Diagnosis(ratio, tuple(found), tuple(kind for kind, shown in seen.items() if not shown), count)
+
+
+def _gradient_allowance(
+    call: Call, convention: Convention, do: Any, dlse: Any, arithmetic: Arithmetic
+) -> dict[str, Floats]:
+    """Return how far right gradients may be off, with the definition's own rounding."""
+    meaning = call.under(convention)
+    shape = np.shape(call.q)[:-1] if np.ndim(call.q) < 3 else do.shape[:-1]
+    do = do.reshape(*shape, do.shape[-1])
+    dlse = dlse.reshape(shape) * (LN2 if convention.lse == "bits" else 1.0)
+    bare = call.sink is not None and convention.sink == "not counted"
+    total: dict[str, Floats] = {}
+    for one in (arithmetic, "fp64"):
+
+        def verb(do: Any, q: Any, k: Any, v: Any, one: Any = one, **options: Any) -> Any:
+            return tolerance(one, q, k, v, do=do, **options)
+
+        for name, x in meaning.gradient_allowance(verb, do, None if bare else dlse)._asdict().items():
+            if name in "q k v bias sink".split() and x is not None:
+                total[name] = total.get(name, 0.0) + np.asarray(x)
+    return total
 
 
 def shared(diagnoses: Iterable[Diagnosis]) -> tuple[str, ...]:
