@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
+from refattn.rounding import TINY
 from refattn.testing import _changes, _gradient_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
@@ -176,9 +177,8 @@ def _backward(
     plain = right.gradients()
     for name, x in actual.items():
         if name not in plain or x.shape != plain[name].shape:
-            raise ValueError(
-                f"gradients has {name!r} of shape {x.shape}; expected {plain[name].shape if name in plain else 'no such gradient'}"
-            )
+            wanted = plain[name].shape if name in plain else "no such gradient"
+            raise ValueError(f"gradients has {name!r} of shape {x.shape}; expected {wanted}")
 
     with np.errstate(all="ignore"):
         level = {s: np.nanmax(allowed[s] / x, initial=0.0) for s, x in right.sizes().items()}
@@ -242,12 +242,13 @@ def shared(diagnoses: Iterable[Diagnosis]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a kernel answered, and what is allowed of it as it was asked."""
+    """What a kernel answered, what is allowed of it as it was asked, and the same without zeros: what is near."""
 
     o: Floats
     lse: Floats | None
     judged: tuple[Bools, Bools]
     own: tuple[Floats, Floats]
+    near: tuple[Floats, Floats]
 
     @classmethod
     def of(cls, w: Written, arithmetic: Arithmetic, o: ArrayLike, lse: ArrayLike | None) -> _Answer:
@@ -260,7 +261,9 @@ class _Answer:
             found.append(None if x is None else x.reshape(like.shape))
         how = w.convention
         judged = ~(w.empty & (how.empty == "any")), ~(w.empty & (how.empty_lse == "any"))
-        return cls(*found, (judged[0][..., None], judged[1]), right.allowance(arithmetic))
+        own = right.allowance(arithmetic)
+        near = tuple(np.where(x == 0, np.where(np.isfinite(x), x, 0.0).max(initial=TINY), x) for x in own)
+        return cls(*found, (judged[0][..., None], judged[1]), own, (near[0], near[1]))
 
     def ratios(self, outcome: Outcome, allowed: tuple[Floats, Floats]) -> Iterator[Floats]:
         """Yield error ÷ bound of o, and of lse where it is given."""
@@ -330,7 +333,7 @@ def _tried(change: Change, make: Any, w: Written, seen: _Answer, first: tuple[Ch
             return _Tried(changes, None, None, math.inf, math.inf, False)
         if outcome.arithmetic is not None:
             return _Tried(changes, outcome, changed, 0.0, math.inf, True)
-        parts = list(seen.ratios(outcome, seen.own))
+        parts = list(seen.ratios(outcome, seen.near))
         mean = sum(float(np.log1p(np.minimum(x, 1e6)).mean()) for x in parts if x.size)
         right = w.outcome()
         return _Tried(changes, outcome, changed, _largest(parts), mean, seen.differs(outcome, right))

@@ -1,4 +1,4 @@
-r"""Known classes of bugs of the backward pass, as changes of
+r"""Known classes of bugs of the backward pass, each as a change of how gradients are made.
 
 .. math::
     D_i = \langle do_i, o_i \rangle - dlse_i, \quad ds_{ij} = p_{ij} (\langle do_i, v_j \rangle - D_i), \quad
@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from refattn.conventions import Call, Convention
 from refattn.testing import _changes
-from refattn.testing._changes import TILES
+from refattn.testing._changes import TILES, given
 from refattn.testing._written import LN2, Floats, Written, key_heads, summed, write
 
 Gradients = dict[str, Floats]
@@ -88,7 +88,7 @@ class Pass:
             "v": (self.p if self.p_of_v is None else self.p_of_v).mT @ do,
             "bias": ds,
         }
-        return {name: self._folded(name, x) for name, x in found.items() if _given(self.call, name)}
+        return {name: self._folded(name, x) for name, x in found.items() if _has(self.call, name)}
 
     def _of_sink(self, terms: Floats) -> Floats:
         return _summed(terms.sum(-1), np.shape(self.call.sink))
@@ -119,6 +119,11 @@ class GradientChange:
     rank: int = 1
 
 
+OF = {"sink": "backward sink", "bias": "backward bias", "v": "backward values"}
+"""By argument: the class of what is wrong with its whole gradient."""
+Of: TypeAlias = tuple[tuple[str, Callable[[Pass], Floats]], ...]
+
+
 def backward(call: Call, convention: Convention, do: Any, dlse: Any) -> Pass:
     """Return the right backward pass."""
     w = write(call, convention)
@@ -135,10 +140,10 @@ def changes(right: Pass) -> Iterator[GradientChange]:
         for factor, what in ((1 / right.w.scale, "does not scale"), (right.w.scale, "scales twice")):
             factors = dict.fromkeys(names, factor)
             yield GradientChange(
-                "backward scale", f"{what} the gradients of {words}", lambda x, f=factors: replace(x, factors=f)
+                "backward scale", f"{what} the gradients of {words}", given(factors, lambda x, f: replace(x, factors=f))
             )
     width = right.do.shape[-1]
-    for said, of in (
+    deltas: Of = (
         ("does not subtract do·o", lambda x: -x.dlse),
         ("adds do·o", lambda x: -x.do_o - x.dlse),
         ("divides do·o by the width of v", lambda x: x.do_o / width - x.dlse),
@@ -146,44 +151,41 @@ def changes(right: Pass) -> Iterator[GradientChange]:
             "takes o without its division by the row sum for do·o",
             lambda x: x.do_o * np.exp(np.nan_to_num(x.w.normaliser - x.w.top)) - x.dlse,
         ),
-    ):
-        yield GradientChange("backward delta", said, lambda x, f=of: replace(x, delta=f(x)))
-    for said, of in (
+    )
+    for said, of in deltas:
+        yield GradientChange("backward delta", said, given(of, lambda x, f: replace(x, delta=f(x))))
+    through: Of = (
         ("ignores the gradient that comes in through lse", lambda x: x.do_o),
         ("subtracts the gradient that comes in through lse", lambda x: x.do_o + x.dlse),
         ("takes the gradient that comes in through lse as if lse were in bits", lambda x: x.do_o - x.dlse / LN2),
         ("takes the gradient that comes in through lse ln 2 times", lambda x: x.do_o - x.dlse * LN2),
-    ):
-        yield GradientChange("backward lse", said, lambda x, f=of: replace(x, delta=f(x)))
+    )
+    for said, of in through:
+        yield GradientChange("backward lse", said, given(of, lambda x, f: replace(x, delta=f(x))))
     yield from _values(right)
     if right.w.softcap is not None:
-        for said, of in (
-            ("leaves out the slope of the softcap", lambda t: np.ones(1)),
-            ("takes 1 − tanh for the slope of the softcap", lambda t: 1 - np.sqrt(1 - t)),
-            ("takes the slope of the softcap twice", lambda t: t**2),
-        ):
-            yield GradientChange("backward softcap", said, lambda x, f=of: replace(x, slope=f(x.right_slope)))
+        slopes: Of = (
+            ("leaves out the slope of the softcap", lambda x: np.ones(1)),
+            ("takes 1 − tanh for the slope of the softcap", lambda x: 1 - np.sqrt(1 - x.right_slope)),
+            ("takes the slope of the softcap twice", lambda x: x.right_slope**2),
+        )
+        for said, of in slopes:
+            yield GradientChange("backward softcap", said, given(of, lambda x, f: replace(x, slope=f(x))))
     for which in ("first", "last"):
         said = f"keeps the {which} query head's share of a key head's gradients, not the sum"
-        yield GradientChange("backward heads", said, lambda x, f=which: replace(x, fold=f))
+        yield GradientChange("backward heads", said, given(which, lambda x, f: replace(x, fold=f)))
     yield from _tiles(right)
     for name in ("sink", "bias", "q", "k", "v"):
-        if _given(right.call, name):
+        if _has(right.call, name):
             for factor, words in (
                 (-1.0, "has the gradient of {} with the other sign"),
                 (0.0, "leaves the gradient of {} 0"),
                 (2.0, "counts the gradient of {} twice"),
             ):
-                kind = (
-                    "backward sink"
-                    if name == "sink"
-                    else "backward bias"
-                    if name == "bias"
-                    else "backward values"
-                    if name == "v"
-                    else "backward scale"
+                kind = OF.get(name, "backward scale")
+                yield GradientChange(
+                    kind, words.format(name), given(name, factor, lambda x, n, f: replace(x, factors={n: f}))
                 )
-                yield GradientChange(kind, words.format(name), lambda x, n=name, f=factor: replace(x, factors={n: f}))
 
 
 def _weights(w: Written, lse_of: Written) -> Floats:
@@ -199,7 +201,7 @@ def _recomputed(right: Pass) -> Iterator[GradientChange]:
     for change in (*_changes.seeing(right.call, how), *_changes.logits(right.call, how), *_axes(right.call, how)):
         if change.kind in BACKWARD:
             said = f"recomputes weights otherwise than the forward pass: it {change.said}"
-            yield GradientChange(BACKWARD[change.kind], said, lambda x, f=change.make: _again(x, f))
+            yield GradientChange(BACKWARD[change.kind], said, given(change.make, lambda x, f: _again(x, f)))
 
 
 def _axes(call: Call, convention: Convention) -> Iterator[_changes.Change]:
@@ -243,7 +245,9 @@ def _values(right: Pass) -> Iterator[GradientChange]:
         for t in (0,) if top is not None else TILES:
             if t < s.shape[-1]:
                 yield GradientChange(
-                    "backward values", said + words.format(t), lambda x, m=top, t=t: replace(x, p_of_v=_bare(s, m, t))
+                    "backward values",
+                    said + words.format(t),
+                    given(top, t, lambda x, m, t: replace(x, p_of_v=_bare(s, m, t))),
                 )
     yield GradientChange(
         "backward values",
@@ -271,17 +275,17 @@ def _tiles(right: Pass) -> Iterator[GradientChange]:
                 (f"keeps the first tile of {t} rows' share of the gradient of k", np.arange(T) < t),
                 (f"drops the last {T % t} rows in the gradient of k", np.arange(T) < T - T % t),
             ):
-                yield GradientChange("backward tiles", said, lambda x, r=rows: replace(x, rows=r))
+                yield GradientChange("backward tiles", said, given(rows, lambda x, r: replace(x, rows=r)))
         if t < S:
             for said, keys in (
                 (f"keeps the last tile of {t} keys' share of the gradient of q", np.arange(S) >= (S - 1) // t * t),
                 (f"keeps the first tile of {t} keys' share of the gradient of q", np.arange(S) < t),
                 (f"drops the last {S % t} keys in the gradient of q", np.arange(S) < S - S % t),
             ):
-                yield GradientChange("backward tiles", said, lambda x, r=keys: replace(x, keys=r))
+                yield GradientChange("backward tiles", said, given(keys, lambda x, r: replace(x, keys=r)))
 
 
-def _given(call: Call, name: str) -> bool:
+def _has(call: Call, name: str) -> bool:
     return getattr(call, name) is not None
 
 

@@ -29,8 +29,8 @@ class Written:
     """The definition's arguments with all leading axes, a key head for each query head, and pairs as arrays.
 
     `raw` holds q·k. `sight` says of each source of masking which pairs it lets be seen; its arrays broadcast to
-    (..., H, T, S). `pads` counts keys of zeros, with values 0, that every row sees beside its own. `own` are logits that are not made
-    of the rest.
+    (..., H, T, S). `pads` is the logit of what every row sees beside its own keys, with values 0. `own` are
+    logits that are not made of the rest.
     """
 
     convention: Convention
@@ -44,7 +44,7 @@ class Written:
     bias: Floats
     sink: Floats | None
     sight: Mapping[str, Bools]
-    pads: float = 0.0
+    pads: float = -math.inf
     own: Floats | None = None
 
     @cached_property
@@ -78,7 +78,7 @@ class Written:
     @cached_property
     def empty(self) -> Bools:
         """Which rows see nothing and have no sink."""
-        return np.isneginf(self.top) & (self.sink is None) & (self.pads == 0)
+        return np.isneginf(self.top) & (self.sink is None) & math.isinf(self.pads)
 
     @cached_property
     def normaliser(self) -> Floats:
@@ -86,7 +86,7 @@ class Written:
         lse = summed(self.masked)
         if self.sink is not None:
             lse = np.logaddexp(lse, self.sink[..., None])
-        return np.logaddexp(lse, math.log(self.pads)) if self.pads else lse
+        return lse if math.isinf(self.pads) else np.logaddexp(lse, self.pads)
 
     def called(self, o: Floats, lse: Floats) -> tuple[Floats, Floats]:
         """Return o and lse, of which lse is in nats, as the convention has them."""
@@ -157,8 +157,8 @@ def allowed(w: Written, arithmetic: Arithmetic) -> tuple[Floats, Floats]:
     """Return the tolerance of a problem: o's and, in nats, lse's."""
     options: dict[str, Any] = {"softcap": w.softcap, "order": w.order, "mask": w.seen, "scale": w.scale}
     sink, bias = w.sink, w.bias
-    if w.pads:
-        pads = np.full(w.raw.shape[:-2], math.log(w.pads))
+    if not math.isinf(w.pads):
+        pads = np.full(w.raw.shape[:-2], w.pads)
         sink = pads if sink is None else np.logaddexp(sink, pads)
     if w.own is not None:  # what is added to products, but for a number common to the row and weights that are 0
         top = np.where(np.isfinite(w.top), w.top, 0.0)[..., None]
