@@ -329,7 +329,8 @@ def _packed(call: Call, convention: Convention) -> Iterator[Change]:
     assert call.starts is not None
     (T, S), (cq, ck) = call.sizes, (np.asarray(x) for x in call.starts)
     i, j = np.arange(T), np.arange(S)
-    own, near = (np.searchsorted(cq, i, "right")[:, None], np.searchsorted(ck, np.c_[j, j - 1, j + 1].T, "right"))
+    own = np.searchsorted(cq, i, "right")[:, None]
+    near = [np.searchsorted(ck, x, "right") for x in (j, j - 1, j + 1)]
     yield Change(
         "packing",
         "ends a sequence's keys one key too late",
@@ -387,7 +388,7 @@ def reading(call: Call, convention: Convention) -> Iterator[Change]:
     for width in {D, *(E // t * t for t in (4, 8, 16, 32, 64, 128)), 64, 128}:
         if 0 < width < E:
             said = f"leaves columns of the output from {width} on 0"
-            yield Change("head dim", said, given(width, lambda w, n: w.reading(v=w.v * (np.arange(w.v.shape[-1]) < n))))
+            yield Change("head dim", said, given(width, lambda w, n: w.reading(v=_cut(w.v, n))))
 
 
 def _heads(w: Written, call: Call, own: Any) -> Written:
@@ -427,8 +428,12 @@ def _keys_as_values(w: Written) -> Written:
 
 
 def _narrow(w: Written, width: int) -> Written:
-    kept = np.arange(w.q.shape[-1]) < width
-    return w.reading(q=w.q * kept, k=w.k * kept)
+    return w.reading(q=_cut(w.q, width), k=_cut(w.k, width))
+
+
+def _cut(x: Floats, width: int) -> Floats:
+    """Return the first columns, and 0 for the others."""
+    return x * (np.arange(int(x.shape[-1])) < width)
 
 
 def logits(call: Call, convention: Convention) -> Iterator[Change]:
@@ -508,7 +513,7 @@ def _biases(right: float) -> Iterator[Change]:
 def _slopes(call: Call, right: float) -> Iterator[Change]:
     slopes = np.asarray(call.slopes, np.float64)
     heads = slopes.shape[-1]
-    h = np.arange(1, heads + 1)
+    h: Floats = np.arange(1.0, heads + 1)
     near = 2.0 ** round(math.log2(heads)) if heads else 1.0
     for said, x in (
         ("ignores ALiBi", 0 * slopes),

@@ -253,17 +253,12 @@ class _Answer:
     @classmethod
     def of(cls, w: Written, arithmetic: Arithmetic, o: ArrayLike, lse: ArrayLike | None) -> _Answer:
         right = w.outcome()
-        found: list[Any] = []
-        for name, x, like in (("o", o, right.o), ("lse", lse, right.lse)):
-            x = None if x is None else np.asarray(x, np.float64)
-            if x is not None and x.size != like.size:
-                raise ValueError(f"{name} has shape {x.shape}; expected {like.shape}")
-            found.append(None if x is None else x.reshape(like.shape))
         how = w.convention
         judged = ~(w.empty & (how.empty == "any")), ~(w.empty & (how.empty_lse == "any"))
         own = right.allowance(arithmetic)
         near = tuple(np.where(x == 0, np.where(np.isfinite(x), x, 0.0).max(initial=TINY), x) for x in own)
-        return cls(*found, (judged[0][..., None], judged[1]), own, (near[0], near[1]))
+        given = _shaped("o", o, right.o), None if lse is None else _shaped("lse", lse, right.lse)
+        return cls(*given, (judged[0][..., None], judged[1]), own, (near[0], near[1]))
 
     def ratios(self, outcome: Outcome, allowed: tuple[Floats, Floats]) -> Iterator[Floats]:
         """Yield error ÷ bound of o, and of lse where it is given."""
@@ -281,6 +276,14 @@ class _Answer:
         """Whether two answers are further apart than the bound of both."""
         pairs = zip((a.o, a.lse), (b.o, b.lse), self.own, (self.o, self.lse), strict=True)
         return any(bool((_ratio(x, y, 2 * bound) > 1).any()) for x, y, bound, given in pairs if given is not None)
+
+
+def _shaped(name: str, x: ArrayLike, like: Floats) -> Floats:
+    """Return an answer in the shape that it has with all leading axes."""
+    x = np.asarray(x, np.float64)
+    if x.size != like.size:
+        raise ValueError(f"{name} has shape {x.shape}; expected {like.shape}")
+    return x.reshape(like.shape)
 
 
 def _ratio(x: Floats, y: Floats, bound: Floats) -> Floats:

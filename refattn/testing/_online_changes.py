@@ -75,7 +75,7 @@ def _also(w: Written, n: float) -> Written:
 
 def _before_end(w: Written, n: int) -> Bools:
     """Return all but the last keys that exist."""
-    j = np.arange(w.raw.shape[-1])
+    j = np.arange(int(w.raw.shape[-1]))
     exists = w.sight.get("lengths", np.ones(1, np.bool_))
     ends = np.broadcast_to(exists, (*exists.shape[:-1], len(j))).sum(-1, keepdims=True)
     return j < ends - n
@@ -147,7 +147,7 @@ def _unscaled(w: Written, t: int, how: str) -> Outcome:
 
 def _overflowing(w: Written, t: int) -> Outcome | None:
     s = w.masked
-    tops = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
+    tops: list[Floats] = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
     broken, last = np.zeros(s.shape[:-1], np.bool_), tops[0]
     with np.errstate(invalid="ignore"):
         for top in tops[1:]:
@@ -182,7 +182,8 @@ def _floor(w: Written, low: float) -> Outcome | None:
 
 def _last_sum(w: Written, t: int) -> Outcome:
     """Return what is answered with the row sum of the last tile in which a row sees anything."""
-    j, m = np.arange(w.raw.shape[-1]), w.top
+    j = np.arange(int(w.raw.shape[-1]))
+    m = w.top
     final = np.where(w.seen, j // t, -1).max((-1, -2), keepdims=True)
     l = summed(np.where(j // t == final, w.masked, -np.inf))  # noqa: E741
     if w.sink is not None:
@@ -209,16 +210,16 @@ def _nan() -> Iterator[Change]:
 
 
 def _poisoned(w: Written) -> Outcome | None:
-    bad = ~np.isfinite(w.v)
+    bad: Bools = ~np.isfinite(w.v)
     if not bad.any():
         return None
     right = w.outcome()
-    return replace(right, o=np.where(bad.any(-2)[..., None, :], np.nan, right.o))
+    return replace(right, o=np.where(bad.max(-2, keepdims=True), np.nan, right.o))
 
 
 def _broken_by_keys(w: Written) -> Outcome | None:
-    bad = ~np.isfinite(w.k).all((-1, -2))
-    return _broken(w, np.broadcast_to(bad[..., None], w.top.shape)) if bad.any() else None
+    bad = ~np.isfinite(w.k)
+    return _broken(w, np.broadcast_to(bad.max((-1, -2))[..., None], w.top.shape)) if bad.any() else None
 
 
 def sums(call: Call) -> Iterator[Change]:
@@ -306,7 +307,8 @@ def _merged(w: Written, starts: tuple[int, ...], how: str) -> Outcome | None:
             if how == "nats"
             else lse
         )
-        top = np.where(np.isneginf(known.max(0)), 0.0, known.max(0))
+        top: Floats = known.max(0)
+        top = np.where(np.isneginf(top), 0.0, top)
         p = np.exp(known - top)
         z = p.sum(0)
         total = top + np.log(z)
@@ -364,7 +366,7 @@ def _rounded_first(w: Written, t: int | None, f: Format, arithmetic: Arithmetic)
 
 def _half_overflow(w: Written) -> Outcome | None:
     with np.errstate(invalid="ignore"):
-        broken = ((w.raw > FORMATS["float16"].largest) & w.seen).any(-1)
+        broken: Bools = ((w.raw > FORMATS["float16"].largest) & w.seen).max(-1)
     return _broken(w, broken) if broken.any() else None
 
 
@@ -442,13 +444,10 @@ def _search(made: Callable[[float], Written], o: Floats, lse: Floats | None) -> 
 
     def off(t: float) -> float:
         w = made(2.0**t)
-        part = w.masked
-        normal = w.normaliser
         with np.errstate(invalid="ignore", over="ignore"):
-            far = np.abs(averaged(part, w.v, normal) - o)
-            far = np.concatenate([far.ravel(), np.abs(based(w, normal) - lse).ravel() if lse is not None else []])
-        far = far[np.isfinite(far)]
-        return float(far.sum()) if len(far) else math.inf
+            far = [np.abs(averaged(w.masked, w.v, w.normaliser) - o)]
+            far += [] if lse is None else [np.abs(based(w, w.normaliser) - lse)]
+        return float(sum(x[np.isfinite(x)].sum() for x in far))
 
     coarse: Any = np.linspace(-4, 4, 17)
     at = int(np.argmin([off(t) for t in coarse]))
