@@ -170,7 +170,7 @@ def _read(returned: Any, call: Call) -> Returned:
     return like(call, (returned[0] if isinstance(returned, tuple) else returned).swapaxes(1, 2))
 
 
-_SOURCES = sources(LIBRARY, **dict.fromkeys(("alibi", "alibi_rows", "lse", "empty_lse", "sink"), NONE))
+_NONE = dict.fromkeys(("alibi", "alibi_rows", "lse", "empty_lse", "sink"), NONE)
 
 PROFILES = {
     name: Profile(
@@ -180,11 +180,11 @@ PROFILES = {
         write=write,
         read=_read,
         framework="torch",
-        sources=_SOURCES,
+        sources=sources(LIBRARY, **_NONE, **dict.fromkeys(none, NONE)),
     )
-    for name, function, convention, write in (
-        ("transformers/eager", eager_attention_forward, EAGER, _write_eager),
-        ("transformers/gpt-oss", eager_attention_forward, EAGER, _write_gpt_oss),
-        ("transformers/sdpa", sdpa_attention_forward, SDPA, _write_sdpa),
+    for name, function, convention, write, none in (
+        ("transformers/eager", eager_attention_forward, EAGER, _write_eager, ()),
+        ("transformers/gpt-oss", eager_attention_forward, EAGER, _write_gpt_oss, ("order", "empty")),
+        ("transformers/sdpa", sdpa_attention_forward, SDPA, _write_sdpa, ("order",)),
     )
 }
