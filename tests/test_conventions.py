@@ -253,7 +253,7 @@ def test_nothing_of_a_library_is_imported() -> None:
 def test_a_profile_by_name() -> None:
     assert like.profile("flash_attn").name == "flash_attn/fa2"
     assert like.profile("torch/flex").name == "torch/flex"
-    for name in ("tourch", "torch/flax"):
+    for name in ("tor", "torch/flux"):
         with pytest.raises(ValueError, match=f"profile is '{name}'; expected one of 'to|c"):
             like.profile(name)
 

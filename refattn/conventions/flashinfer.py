@@ -24,6 +24,7 @@ from refattn.conventions._words import (
     some,
     sources,
     swapped,
+    two,
 )
 from refattn.engines import Unsupported
 
@@ -223,7 +224,7 @@ def _write_ragged(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    o, lse = returned if isinstance(returned, tuple) else (returned, None)
+    o, lse = two(returned)
     return like(call, o.swapaxes(-3, -2), None if lse is None else lse.swapaxes(-1, -2))
 
 
