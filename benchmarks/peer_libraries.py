@@ -63,7 +63,7 @@ def tensor(dtype: str, x: Any) -> Any:
     """Return a tensor: of this dtype where there were floats."""
     import torch
 
-    own = torch.from_numpy(np.ascontiguousarray(x))
+    own = torch.from_numpy(np.array(x))
     return own.to(getattr(torch, dtype)) if own.is_floating_point() else own
 
 

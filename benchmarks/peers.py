@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import peer_libraries
 from benchmarks.calls import drawn
-from refattn.conventions import AXES, LIBRARIES, Call, Convention, Profile, neighbours
+from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
 from refattn.engines import Unsupported
 from refattn.testing import FORMATS, Arithmetic, tolerance
 
@@ -131,23 +131,27 @@ def profiles() -> Iterator[Profile]:
         yield from importlib.import_module(f"refattn.conventions.{library}").PROFILES.values()
 
 
-def axes_table(told_apart: dict[str, list[Any]]) -> list[str]:
-    """Print profile × axis with sources, and return the axes that were to be told by the library and were not."""
-    print(
-        "\nWho means what; after the value, its source: L the library itself, run; a file of its repository; ? nothing"
-    )
-    missing: list[str] = []
+def markdown() -> Iterator[str]:
+    """Yield the table of profiles: what differs from `Convention()`, and where each axis was read."""
+    yield "| profile | means, unlike the default | run | read in its sources | not checked |"
+    yield "|---|---|---|---|---|"
+    usual = Convention()
     for one in profiles():
-        print(f"\n{one.name}")
-        for axis in AXES():
-            source = one.sources[axis]
-            if source == "has none":
-                continue
-            mark = {"library": "L", "not checked": "?"}.get(source, source)
-            print(f"  {axis:<12} {getattr(one.convention, axis):<26} {mark}")
-            if source == "library" and one.name in told_apart:
-                missing += [f"{one.name}: {a} might be {value!r}" for a, value, _ in told_apart[one.name] if a == axis]
-    return missing
+        there = {axis: source for axis, source in one.sources.items() if source != "has none"}
+        means = {axis: getattr(one.convention, axis) for axis in there}
+        named = ", ".join(f"{axis}: {value}" for axis, value in means.items() if value != getattr(usual, axis))
+        run, open_ = ([a for a, s in there.items() if s == word] for word in ("library", "not checked"))
+        files: dict[str, list[str]] = {}
+        for axis, source in there.items():
+            if source not in ("library", "not checked"):
+                files.setdefault(source, []).append(axis)
+        read = "; ".join(f"`{file}`: {', '.join(axes)}" for file, axes in files.items())
+        yield f"| {one.name} | {named or '–'} | {', '.join(run) or '–'} | {read or '–'} | {', '.join(open_) or '–'} |"
+
+
+def untold(pending: dict[str, list[Any]]) -> list[str]:
+    """Return the axes that were to be told by a library and were not."""
+    return [f"{name}: {axis} might be {value!r}" for name, kept in pending.items() for axis, value, _ in kept]
 
 
 def main() -> int:
@@ -178,7 +182,8 @@ def main() -> int:
             print(f"    not asked {count} times: {reason}")
     absent = [library for library in peer_libraries.LIBRARIES if importlib.util.find_spec(library) is None]
     wrong += [f"{library} is not installed" for library in absent]
-    wrong += axes_table(pending)
+    wrong += untold(pending)
+    print("", *markdown(), sep="\n")
     print(f"\n{time.perf_counter() - started:.0f} s, seed {chosen.seed}")
     print(*wrong, sep="\n", end="\n" if wrong else "")
     return 1 if wrong else 0

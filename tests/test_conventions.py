@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import peers
 from benchmarks.calls import drawn, written
 from refattn import conventions as like
 from refattn.conventions import AXES, LIBRARIES, Call, Convention, Profile, neighbours
@@ -338,3 +339,8 @@ def test_packed_sequences_are_a_loop_over_them() -> None:
             part = {name: getattr(call, name)[at] for name, at in cut.items() if getattr(call, name) is not None}
             alone = replace(call, starts=None, **part).under(Convention()).answer().o
             assert_within(o[..., t:T, :], alone, 2 * bound[..., t:T, :], empty=True)
+
+
+def test_the_page_has_the_table_of_profiles() -> None:
+    page = (Path(__file__).parents[1] / "docs/conventions.md").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in peers.markdown() if line not in page]

@@ -236,7 +236,7 @@ _SOURCES = sources(
     sink=NONE,
     rows="flashinfer/prefill.py",
     mask="flashinfer/prefill.py",
-    groups="flashinfer/decode.py",
+    groups="include/flashinfer/attention/decode.cuh",
     **dict.fromkeys(("empty", "empty_lse", "lse"), "include/flashinfer/attention/state.cuh"),
 )
 
