@@ -426,5 +426,5 @@ def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic, sinks: int) 
         return np.zeros_like(z)
     above, upper = np.empty_like(z), np.sort(np.where(live, z + e, -np.inf), axis=1)
     for i in range(len(z)):
-        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right")
+        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right") - (e[i] > 0)  # but itself
     return np.where(live, np.minimum(above, most), 0.0)
