@@ -26,6 +26,12 @@ class Gradient(NamedTuple):
     error: Array
 
 
+def flat(x: Array, axes: int) -> Array:
+    """Return a view in which an array's leading axes are one."""
+    cut = x.ndim - axes
+    return x.reshape(math.prod(x.shape[:cut]), *x.shape[cut:])
+
+
 def gradients(
     one: One, arithmetic: Arithmetic, do: Array, dlse: Array, definition: Bounded, lse: Bounded
 ) -> dict[str, Gradient]:

@@ -15,6 +15,7 @@ from refattn.heads import matrix
 from refattn.masks import MaskLike
 from refattn.rounding import Bounded
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._backward import flat
 from refattn.testing._forward import Inputs, Rows
 from refattn.testing._tolerance import Tolerance
 
@@ -76,7 +77,7 @@ def typical(
     odds = math.sqrt(2 * math.log(12 * max(1, o.size + lse.size) / _check.probability("rate", rate)))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for n, one in enumerate(call.all()):
-            matrix(o, n)[:], lse.reshape(-1, T)[n] = _one(one, chosen, odds)
+            matrix(o, n)[:], flat(lse, 1)[n] = _one(one, chosen, odds)
     return Tolerance(o, lse)
 
 
@@ -90,7 +91,7 @@ def _one(one: One, arithmetic: Arithmetic, odds: float) -> tuple[Array, Array]:
         error, error_lse = _Typical(state, one, odds).errors(answer)
         o[rows] = np.fmin(error + definition.error[rows], most)
         lse[rows] = np.fmin(error_lse, state.log_sum_exp()) + definition_lse.error[rows]
-    return o, lse
+    return o, np.where(np.isnan(lse), np.inf, lse)
 
 
 class _Typical:
@@ -107,7 +108,7 @@ class _Typical:
         given = self.sigma * ((q + self.dq) @ (k + dk).T) - size
         sums = D * u.dots / (1 - D * u.dots) if D * u.dots < 1 else math.inf
         rises = state.rises[:, : self.n_keys]
-        rest = state.e[:, : self.n_keys] - given - sums * (size + given) - (rises + 1) * u.exp
+        rest = state.e[:, : self.n_keys] + state.spared - given - sums * (size + given) - (rises + 1) * u.exp
         rest = np.maximum(rest - (-math.log1p(-state.uP) if state.common else 0.0), 0.0)
         alone = np.sqrt((u.dots * math.sqrt(D) * size) ** 2 + self.sigma**2 * (q**2 @ (dk**2).T) + rest**2)
         # the maximum of n keys in a random order rises ln n times
