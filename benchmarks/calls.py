@@ -15,17 +15,21 @@ FEATURES = ("causal", "window", "mask", "bias", "slopes", "sink", "softcap", "sc
 APART = ({"bias", "slopes"}, {"lengths", "starts"})
 
 
-def drawn(rng: np.random.Generator, *, most: int = 7) -> Call:
-    """Return a call with up to four of the features, whose numbers are multiples of 1/64."""
+def drawn(rng: np.random.Generator, *, most: int = 7, shapes: int | None = None) -> Call:
+    """Return a call with up to four of the features, whose numbers are multiples of 1/64.
+
+    Sizes are at most `most`; with `shapes`, those of so many calls, for libraries that compile anew for each.
+    """
     chosen = set(rng.choice(FEATURES, rng.integers(0, 5), replace=False).tolist())
     for pair in APART:
         if pair <= chosen:
             chosen.discard(str(rng.choice(sorted(pair))))
-    T, S = (int(n) for n in rng.integers(1, most + 1, 2))
-    S = T if rng.random() < 0.3 else S
-    few, D = (int(n) for n in rng.integers(1, 4, 2))
-    heads, E = few * int(rng.choice([1, 1, 2, 3])), D if rng.random() < 0.7 else int(rng.integers(1, 4))
-    lead = (int(rng.integers(1, 3)),) if "starts" not in chosen else ()
+    sizes = rng if shapes is None else np.random.default_rng(int(rng.integers(shapes)))
+    T, S = (int(n) for n in sizes.integers(1, most + 1, 2))
+    S = T if sizes.random() < 0.3 else S
+    few, D = (int(n) for n in sizes.integers(1, 4, 2))
+    heads, E = few * int(sizes.choice([1, 1, 2, 3])), D if sizes.random() < 0.7 else int(sizes.integers(1, 4))
+    lead = (int(sizes.integers(1, 3)),) if "starts" not in chosen else ()
     given: dict[str, Any] = {
         "q": _numbers(rng, (*lead, heads, T, D)),
         "k": _numbers(rng, (*lead, few, S, D)),

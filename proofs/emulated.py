@@ -96,7 +96,7 @@ def draw(
     elif kind == "positive values":
         v = np.abs(v)
     elif kind == "offset keys":
-        k = k + 8
+        k = k + float(rng.choice([8, 64]))
     elif kind == "outlier":
         v[0], k = v[0] * 1e4, k + 2
     elif kind == "ascending":

@@ -19,24 +19,26 @@ Statement    |ô−o| ≤ E₀(1+ω) + ω|o| + η, with ω = (1+u)²(1+u_out)−
              |v_j−o| + G_j(|v_j|+|o|) and leaves the divisor. ∞ where the divisor is ≤ 0, or by F5.
 Derivation   1 operands: a cast to `inputs` moves a number by what it is seen to; to `operands` by u_in|x|+η_in. With
              bounds dq, dk on both, q̂·k̂ is off by (|q|+dq)·(|k|+dk) − |q|·|k|; a q that carries the scale is one cast
-             more, of |σ|q. 2 the dot product adds γ_D of that size (F0), then each step one rounding of its result,
-             and a second one where it is stored. A softcap does not stretch. The constants (1/√D or a float that is
-             rounded, log₂e, their product) move differences of logits by ≤ 4u_s; where a bias or a softcap follows,
-             the scale's 2u_s are charged to the logit itself. 3 |m̂−m| ≤ em = max e, so an exponent's argument is at
-             most g_j = |z_j−m|+e_j+em+2τ: 3u_sg_j for exp, 5u_sg_j + u_s(max|z|+em) for exp2, whose product m̂·log₂e
-             is rounded once for each maximum; then κ. 4 rises: after key j was taken in, the maximum is at least ẑ_j,
-             so each later rise is caused by another key of larger ẑ: their number r_j is at most that of the keys with
-             z_l+e_l > z_j−e_j, and at most tiles − 1. A rise costs κ in e_j and one rounding of the accumulators; the
-             arguments telescope to g_j; a factor exp(0) is exact. Hence e_j, and h = n+r_j in place; tiles summed
-             apart: min(B, n) + tiles − 1 + r_j. 5 split keys: lse of a part is a tilt of its keys, its merge too; h
-             grows by their number and 4. 6 the cast of P is u_P, and ζ_j = min(η_P/c·e^{em}, w_je^{e_j})/z of underflow
-             (P stored as c·P); if P is divided first, min(η_P/c, p_je^{e_j}). 7 with the row sum's factors 1+φ_j,
-             ô−o = [Σp_j(e^{η_j}−1)(v_j−o) + Σp_je^{η_j}(θ_jv_j−φ_jo)] / Σp_je^{η_j}(1+φ_j): triangle inequality.
-             8 the formula is evaluated with p̃ and õ of the float64 definition, e^{±2d} and E₆₄ from the real ones (F1
-             of test_rounding.py, d = max e there): each |v_j−o| grows by E₆₄, the quotient by e^{4d} (`wide`).
-             9 coarse weights (some e_j > 0.2): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the
-             largest computed weight is 1, so Σŵ ≥ 1 and the casts lose ≤ nη_P/c of it. Means of values are ≤ max|v|:
-             |ô−o| ≤ R + [θ max|v| + (1+θ)max dv + lost(1+2max|v|) + (G+lost)(|o|+R)]/(1−G−lost). The smaller counts.
+             more, of |σ|q. The error of q moves all logits by its product with the mean of the keys, which softmax
+             ignores (P8): without softcap and sink, e_j has dq·|k_j−k̄| for dq·|k_j|, and F2a has σ dq·|k̄| more. 2 the
+             dot product adds γ_D of that size (F0), then each step one rounding of its result, and a second one where
+             it is stored. A softcap does not stretch. The constants (1/√D or a float that is rounded, log₂e, their
+             product) move differences of logits by ≤ 4u_s; where a bias or a softcap follows, the scale's 2u_s are
+             charged to the logit itself. 3 |m̂−m| ≤ em = max e, so an exponent's argument is at most g_j =
+             |z_j−m|+e_j+em+2τ: 3u_sg_j for exp, 5u_sg_j + u_s(max|z|+em) for exp2, whose product m̂·log₂e is rounded
+             once for each maximum; then κ. 4 rises: after key j was taken in, the maximum is at least ẑ_j, so each
+             later rise is caused by another key of larger ẑ: their number r_j is at most that of the keys with z_l+e_l
+             > z_j−e_j, and at most tiles − 1. A rise costs κ in e_j and one rounding of the accumulators; the arguments
+             telescope to g_j; a factor exp(0) is exact. Hence e_j, and h = n+r_j in place; tiles summed apart: min(B,
+             n) + tiles − 1 + r_j. 5 split keys: lse of a part is a tilt of its keys, its merge too; h grows by their
+             number and 4. 6 the cast of P is u_P, and ζ_j = min(η_P/c·e^{em}, w_je^{e_j})/z of underflow (P stored as
+             c·P); if P is divided first, min(η_P/c, p_je^{e_j}). 7 with the row sum's factors 1+φ_j, ô−o =
+             [Σp_j(e^{η_j}−1)(v_j−o) + Σp_je^{η_j}(θ_jv_j−φ_jo)] / Σp_je^{η_j}(1+φ_j): triangle inequality. 8 the
+             formula is evaluated with p̃ and õ of the float64 definition, e^{±2d} and E₆₄ from the real ones (F1 of
+             test_rounding.py, d = max e there): each |v_j−o| grows by E₆₄, the quotient by e^{4d} (`wide`). 9 coarse
+             weights (some e_j > 0.2): o' = Σp_je^{η_j}v_j/Σp_je^{η_j} is in the exact range of P4, R; the largest
+             computed weight is 1, so Σŵ ≥ 1 and the casts lose ≤ nη_P/c of it. Means of values are ≤ max|v|: |ô−o| ≤ R
+             + [θ max|v| + (1+θ)max dv + lost(1+2max|v|) + (G+lost)(|o|+R)]/(1−G−lost). The smaller counts.
 Equality     nearly: weights at the middle of two numbers of P's format, on the side on which v gains.
 
 F2a Log-sum-exp

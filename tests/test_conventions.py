@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks import peers
 from benchmarks.calls import drawn, written
 from refattn import conventions as like
 from refattn.conventions import AXES, LIBRARIES, Call, Convention, Profile, neighbours
-from refattn.engines import Unsupported
 from refattn.testing import assert_within, tolerance
 
 PROFILES = [
-    profile for library in LIBRARIES for profile in importlib.import_module(f"refattn.conventions.{library}").PROFILES.values()
+    profile
+    for library in LIBRARIES
+    for profile in importlib.import_module(f"refattn.conventions.{library}").PROFILES.values()
 ]
 NAMES = [profile.name for profile in PROFILES]
 
@@ -128,8 +131,8 @@ def gradients(call: Call, how: Convention, do: np.ndarray, dlse: np.ndarray) -> 
     out = {name: np.zeros(shape) for name, shape in shapes.items()}
     for one in dense(call, how):
         b, h, kv = one["at"]
-        g, l = do[b, h], np.where(one["empty"], 0.0, dlse[b, h])
-        own = (l - (g * (one["p"] @ v[b, kv])).sum(1))[:, None]
+        g, own = do[b, h], np.where(one["empty"], 0.0, dlse[b, h])
+        own = (own - (g * (one["p"] @ v[b, kv])).sum(1))[:, None]
         ds = one["p"] * (g @ v[b, kv].T + own)
         dz = ds * one["slope"]
         out["q"][b, h] = one["scale"] * dz @ k[b, kv]
@@ -234,3 +237,110 @@ def test_a_library_says_where_every_axis_was_read(profile: Profile) -> None:
     assert set(profile.sources) == set(AXES())
     files = [x for x in profile.sources.values() if x not in ("library", "has none", "not checked")]
     assert not [x for x in files if not re.fullmatch(r"[\w./-]+\.(py|h|cpp|cu|cuh)", x)]
+
+
+def test_nothing_of_a_library_is_imported() -> None:
+    names = "import refattn.conventions as c; [c.profile(n) for n in c.LIBRARIES]"
+    script = f"import sys, numpy.random; before = set(sys.modules); {names}; print(*(set(sys.modules) - before))"
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": str(root)}, capture_output=True
+    )
+    tops = {name.partition(".")[0] for name in run.stdout.decode().split()}
+    assert tops
+    assert not tops - sys.stdlib_module_names - {"numpy", "refattn"}
+
+
+def test_a_profile_by_name() -> None:
+    assert like.profile("flash_attn").name == "flash_attn/fa2"
+    assert like.profile("torch/flex").name == "torch/flex"
+    for name in ("tor", "torch/flux"):
+        with pytest.raises(ValueError, match=f"profile is '{name}'; expected one of 'to|c"):
+            like.profile(name)
+
+
+x = np.ones((1, 2, 3, 4))
+row = np.ones((3, 2, 4))
+
+
+@pytest.mark.parametrize(
+    "names, ask",
+    [
+        ("rows is 'left'", lambda: Convention(rows="left")),  # type: ignore[arg-type]
+        ("bias and slopes", lambda: Call(q=x, k=x, v=x, bias=0.0, slopes=[1.0, 1.0])),
+        ("lengths and starts", lambda: Call(q=x, k=x, v=x, lengths=[1], starts=([0, 3], [0, 3]))),
+        ("starts of keys", lambda: Call(q=x[0], k=x[0], v=x[0], starts=([0, 3], [0, 2]))),
+        ("profile is", lambda: like.profile("nothing")),
+        ("dropout_p is 0.5", lambda: like.torch.scaled_dot_product_attention(x, x, x, dropout_p=0.5)),
+        ("attn_mask is given", lambda: like.torch.scaled_dot_product_attention(x, x, x, x, is_causal=True)),
+        ("key has 1", lambda: like.torch.flex_attention(x, x[:, :1], x[:, :1])),
+        ("query has 3 axes", lambda: like.torch.flex_attention(row, x, x)),
+        ("rotary_cos", lambda: like.flash_attn.flash_attn_with_kvcache(x, x, x, rotary_cos=x)),
+        ("k or v is given alone", lambda: like.flash_attn.flash_attn_with_kvcache(x, x, x, k=x)),
+        ("cache_seqlens is 2", lambda: like.flash_attn.flash_attn_with_kvcache(x, x, x, k=x, v=x, cache_seqlens=2)),
+        ("qv is", lambda: like.flash_attn.fa3.flash_attn_func(x, x, x, qv=x)),
+        ("score_mod is", lambda: like.flash_attn.fa4.flash_attn_func(x, x, x, score_mod=max)),
+        ("implementation is 'cudnn'", lambda: like.jax.dot_product_attention(x, x, x, implementation="cudnn")),
+        ("scale is -1", lambda: like.onnx.Attention(x, x, x, scale=-1.0)),
+        ("q_num_heads", lambda: like.onnx.Attention(row, row, row)),
+        ("past_key or past_value", lambda: like.onnx.Attention(x, x, x, past_key=x)),
+        ("mask is 'full'", lambda: like.mlx.scaled_dot_product_attention(x, x, x, scale=1.0, mask="full")),
+        ("flash is True", lambda: like.x_transformers.Attend(flash=True)),
+        ("kv_layout is 'X'", lambda: like.flashinfer.single_prefill_with_kv_cache(row, row, row, kv_layout="X")),
+        ("seq_len_kv is None", lambda: like.cudnn.sdpa(x, x, x, use_padding_mask=True)),
+        ("diagonal_alignment is", lambda: like.cudnn.sdpa(x, x, x, diagonal_alignment="LEFT")),
+        ("attn_mask_type is", lambda: like.transformer_engine.dot_product_attention(x, x, x, attn_mask_type="none")),
+        ("num_key_value_groups is 2", lambda: like.transformers.sdpa_attention_forward(Two(), x, x, x, None)),
+        (
+            "query has 2 sequences",
+            lambda: like.xformers.memory_efficient_attention(*[np.ones((2, 3, 1, 1))] * 3, PACKED),
+        ),
+    ],
+)
+def test_bad_input_names_its_argument(names: str, ask: Callable[[], Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(names)):
+        ask()
+
+
+class Two:
+    num_key_value_groups = 2
+
+
+PACKED = like.xformers.BlockDiagonalMask.from_seqlens([3])
+
+
+def test_pages_and_a_copied_cache_are_the_padded_call() -> None:
+    rng = np.random.default_rng(0)
+    q, cache = rng.standard_normal((2, 2, 2, 4)), rng.standard_normal((2, 6, 1, 4))
+    new, lengths, fa = rng.standard_normal((2, 2, 1, 4)), np.array([1, 4]), like.flash_attn
+    joined, table = cache.copy(), np.array([[3, 1, 0], [2, 4, 5]])
+    for b, n in enumerate(lengths):
+        joined[b, n : n + 2] = new[b]
+    pages = np.full((6, 2, 1, 4), np.nan)
+    pages[table.ravel()] = joined.reshape(6, 2, 1, 4)
+    expected = fa.flash_attn_with_kvcache(q, joined, joined, cache_seqlens=lengths + 2, causal=True)
+    appended = fa.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=lengths, causal=True)
+    paged = fa.flash_attn_with_kvcache(q, pages, pages, cache_seqlens=lengths + 2, block_table=table, causal=True)
+    assert np.array_equal(appended, expected)
+    assert np.array_equal(paged, expected)
+
+
+def test_packed_sequences_are_a_loop_over_them() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        call = drawn(rng)
+        if call.starts is None:
+            continue
+        o = call.under(Convention()).answer().o
+        bound = call.under(Convention()).allowance(allowed).o
+        for t, T, s, S in zip(*(y for x in call.starts for y in (x[:-1], x[1:])), strict=True):
+            cut = {"q": np.s_[..., t:T, :], "k": np.s_[..., s:S, :], "v": np.s_[..., s:S, :]}
+            cut |= {"mask": np.s_[..., t:T, s:S], "bias": np.s_[..., t:T, s:S]}
+            part = {name: getattr(call, name)[at] for name, at in cut.items() if getattr(call, name) is not None}
+            alone = replace(call, starts=None, **part).under(Convention()).answer().o
+            assert_within(o[..., t:T, :], alone, 2 * bound[..., t:T, :], empty=True)
+
+
+def test_the_page_has_the_table_of_profiles() -> None:
+    page = (Path(__file__).parents[1] / "docs/conventions.md").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in peers.markdown() if line not in page]

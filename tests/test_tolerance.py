@@ -148,6 +148,16 @@ def test_rounded_weights_in_the_row_sum_spare_an_offset_of_the_values() -> None:
     assert (20 * tolerance(summed, q, k, v).o < tolerance(plain, q, k, v).o).all()
 
 
+def test_an_offset_of_the_keys_spares_the_output_and_not_lse() -> None:
+    # a rounded q moves all logits by its product with the offset
+    q, k, v = drawn((4, 8), (40, 8), (40, 3))
+    k = np.round(k)
+    scaled = dataclasses.replace(PRESETS["fp32"], scale="q", scaled="bfloat16")
+    near, far = (tolerance(scaled, q, k + offset, v) for offset in (0, 1024))
+    assert (far.o < 2 * near.o).all()
+    assert (far.lse > 100 * near.lse).all()
+
+
 def test_numbers_that_the_inputs_do_not_hold_are_charged_their_cast() -> None:
     q, k, v = drawn((4, 8), (40, 8), (40, 3))
     held = [FORMATS["bfloat16"].round(x) for x in (q, k, v)]

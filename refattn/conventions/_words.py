@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
-from refattn.conventions._meaning import AXES, Call, Floats, Ints
+from refattn.conventions._meaning import AXES, Call, Floats
 from refattn.conventions._profile import Returned
 from refattn.engines import Unsupported
 
@@ -104,18 +103,34 @@ def batched(who: str, call: Call, *, grouped: bool = True, wide: bool = True) ->
     return q, k, v
 
 
-def packed(who: str, call: Call) -> tuple[Any, Any, Any, Ints, Ints]:
+def packed(who: str, call: Call) -> tuple[Any, Any, Any, Any, Any]:
     """Return q, k and v as (tokens, H, D), and where sequences start, or refuse a call that is not packed."""
     if call.starts is None or np.ndim(call.q) != 3 or np.ndim(call.k) != 3 or np.ndim(call.v) != 3:
         raise Unsupported(f"{who} takes packed sequences of three axes, with starts")
     q, k, v = (swapped(x) for x in (call.q, call.k, call.v))
-    return q, k, v, *(np.asarray(x, np.int32) for x in call.starts)
+    queries, keys = (np.asarray(x, np.int32) for x in call.starts)
+    return q, k, v, queries, keys
 
 
 def like(call: Call, o: Any, lse: Any = None) -> Returned:
     """Return o (B, H, T, E) and lse (B, H, T) with the call's own leading axes."""
     lead = tuple(np.shape(call.q)[:-1])
     return Returned(o.reshape((*lead, np.shape(call.v)[-1])), None if lse is None else lse.reshape(lead))
+
+
+def two(returned: Any) -> tuple[Any, Any]:
+    """Return o and lse of what was returned, None for what was not."""
+    parts = cast("tuple[Any, ...]", returned) if isinstance(returned, tuple) else (returned, None)
+    return parts[0], parts[1]
+
+
+def below(count: int, limits: Any) -> Any:
+    """Return which of so many are below each limit, (..., count).
+
+    >>> below(3, [1]).tolist()
+    [[True, False, False]]
+    """
+    return np.arange(count) < np.asarray(limits, np.int64)[..., None]
 
 
 def four(x: Any) -> Any:
@@ -147,7 +162,7 @@ def paged(cache: Any, table: Any) -> Any:
     return cache[table].reshape(table.shape[0], table.shape[1] * cache.shape[1], *cache.shape[2:])
 
 
-def pages(x: Any, size: int) -> tuple[Any, Ints]:
+def pages(x: Any, size: int) -> tuple[Any, Any]:
     """Return keys (B, S, H, D) as pages, the last ones filled with zeros, and their table: the reverse of `paged`."""
     x = np.asarray(x)
     count = -(-x.shape[1] // size)
@@ -168,8 +183,8 @@ def alibi_slopes(heads: int) -> Floats:
     [0.0625, 0.00390625, 0.25]
     """
     n = 2 ** math.floor(math.log2(heads))
-    more: NDArray[np.float64] = 2.0 ** (-4.0 / n * np.arange(1, 1 + 2 * (heads - n), 2))
-    return np.concatenate([2.0 ** (-8.0 / n * np.arange(1, 1 + n)), more])
+    more = np.exp2(-4.0 / n * np.arange(1.0, 2 * (heads - n), 2))
+    return np.concatenate([np.exp2(-8.0 / n * np.arange(1.0, 1 + n)), more])
 
 
 def own_slopes(who: str, call: Call) -> bool:

@@ -14,6 +14,7 @@ from refattn.conventions._words import (
     NONE,
     alibi_slopes,
     batched,
+    below,
     four,
     has,
     like,
@@ -23,6 +24,7 @@ from refattn.conventions._words import (
     paged,
     some,
     sources,
+    two,
 )
 from refattn.engines import Unsupported
 
@@ -108,7 +110,7 @@ def sdpa(
     if use_alibi_mask and bias is not None:
         raise ValueError("bias and use_alibi_mask are both given; expected one of the two")
     o, lse = call.under(TOP_LEFT if diagonal_alignment == "TOP_LEFT" else BOTTOM_RIGHT).answer()
-    there = (np.arange(T) < rows[:, None])[:, None, :, None]
+    there = below(T, rows)[:, None, :, None]
     return np.where(there, o, 0.0), lse[..., None]
 
 
@@ -152,8 +154,7 @@ def _write(call: Call, alignment: str) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    o, lse = returned if isinstance(returned, tuple) else (returned, None)
-    return like(call, o, lse)
+    return like(call, *two(returned))
 
 
 _SOURCES = sources("test/python/sdpa/fp16_ref.py", mask=NONE, order=NONE, window="python/pygraph/sdpa.cpp")

@@ -24,6 +24,7 @@ from refattn.conventions._words import (
     some,
     sources,
     swapped,
+    two,
 )
 from refattn.engines import Unsupported
 
@@ -223,7 +224,7 @@ def _write_ragged(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    o, lse = returned if isinstance(returned, tuple) else (returned, None)
+    o, lse = two(returned)
     return like(call, o.swapaxes(-3, -2), None if lse is None else lse.swapaxes(-1, -2))
 
 
@@ -235,7 +236,7 @@ _SOURCES = sources(
     sink=NONE,
     rows="flashinfer/prefill.py",
     mask="flashinfer/prefill.py",
-    groups="flashinfer/decode.py",
+    groups="include/flashinfer/attention/decode.cuh",
     **dict.fromkeys(("empty", "empty_lse", "lse"), "include/flashinfer/attention/state.cuh"),
 )
 

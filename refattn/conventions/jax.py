@@ -12,7 +12,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
-from refattn.conventions._words import LIBRARY, NONE, batched, empties, four, has, like, some, sources, swapped
+from refattn.conventions._words import (
+    LIBRARY,
+    NONE,
+    batched,
+    below,
+    empties,
+    four,
+    has,
+    like,
+    some,
+    sources,
+    swapped,
+    two,
+)
 from refattn.engines import Unsupported
 
 NN = Convention(rows="top-left", window_rows="top-left", empty="mean of v", empty_lse="any")
@@ -51,10 +64,11 @@ def dot_product_attention(
         raise ValueError(f"implementation is {implementation!r}; expected None or 'xla'")
     if isinstance(local_window_size, int):
         local_window_size = (local_window_size, local_window_size)
-    seen = None if mask is None else np.asarray(mask)
+    seen: Any = None if mask is None else np.asarray(mask)
+    rows: Any = None
     if query_seq_lengths is not None:
-        rows = np.arange(np.shape(query)[-3])[None, :, None] < np.asarray(query_seq_lengths)[:, None, None]
-        seen = rows[:, None] if seen is None else seen & rows[:, None]
+        rows = below(np.shape(query)[-3], query_seq_lengths)[:, None, :, None]
+        seen = rows if seen is None else seen & rows
     call = Call(
         q=swapped(query),
         k=swapped(key),
@@ -67,8 +81,8 @@ def dot_product_attention(
         lengths=key_value_seq_lengths,
     )
     o, lse = call.under(NN).answer()
-    if query_seq_lengths is not None:
-        o = np.where(rows[:, None], o, 0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+    if rows is not None:
+        o = np.where(rows, o, 0.0)
     return (swapped(o), lse.swapaxes(-1, -2)) if return_residual else swapped(o)
 
 
@@ -125,7 +139,7 @@ def _write(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    o, lse = returned if isinstance(returned, tuple) else (returned, None)
+    o, lse = two(returned)
     return like(call, o.swapaxes(-3, -2), None if lse is None else lse.swapaxes(-1, -2))
 
 

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
-from refattn.conventions._words import LIBRARY, NONE, additive, batched, has, like, minus_one, sides, some, sources
+from refattn.conventions._words import LIBRARY, NONE, additive, batched, has, like, minus_one, sides, some, sources, two
 from refattn.engines import Unsupported
 
 OPERATOR = Convention(rows="top-left", window_rows="top-left")
@@ -127,7 +127,7 @@ def _written(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    return like(call, returned[0] if isinstance(returned, tuple) else returned)
+    return like(call, two(returned)[0])
 
 
 PROFILES = {

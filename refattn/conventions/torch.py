@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import _check
 from refattn.conventions._meaning import Answer, Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
-from refattn.conventions._words import LIBRARY, NONE, four, has, no_dropout, one_of, some, sources
+from refattn.conventions._words import LIBRARY, NONE, four, has, no_dropout, one_of, some, sources, two
 from refattn.engines import Unsupported
 
 SDPA = Convention(rows="top-left")
@@ -203,7 +203,7 @@ def _grouped(call: Call) -> bool:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    return Returned(returned[0], returned[1]) if isinstance(returned, tuple) else Returned(returned, None)
+    return Returned(*two(returned))
 
 
 _MASKS = {"window_rows": NONE, "window": NONE, "alibi": NONE, "alibi_rows": NONE, "order": NONE, "sink": NONE}

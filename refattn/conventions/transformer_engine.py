@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +15,7 @@ from refattn.conventions._words import (
     NONE,
     alibi_slopes,
     batched,
+    below,
     empties,
     four,
     has,
@@ -182,8 +183,8 @@ def _lengths(mask: Any, cu_q: Any, cu_kv: Any, T: int) -> Any:
             raise ValueError("attention_mask is None; expected it, or cu_seqlens_q and cu_seqlens_kv, with padding")
         queries, keys = np.diff(np.asarray(cu_q)), np.diff(np.asarray(cu_kv))
     else:
-        q_mask, kv_mask = mask if isinstance(mask, tuple) else (mask, mask)
-        queries, keys = ((~np.asarray(x)).sum(-1).reshape(-1) for x in (q_mask, kv_mask))
+        both = cast("tuple[Any, Any]", mask) if isinstance(mask, tuple) else (mask, mask)
+        queries, keys = ((~np.asarray(x)).sum(-1).reshape(-1) for x in both)
     if (queries != T).any():
         raise ValueError(f"queries have lengths {queries.tolist()}; expected {T}: what a padded row answers is its own")
     return keys
@@ -232,7 +233,7 @@ def _written(call: Call, convention: Convention) -> Written:
     q, k, v = batched(who, call)
     if call.lengths is not None:
         there = np.zeros((len(q), 1, 1, q.shape[2]), np.bool_)
-        gone = np.arange(k.shape[2]) >= np.asarray(call.lengths)[:, None, None, None]
+        gone = ~below(k.shape[2], call.lengths)[:, None, None, :]
         kwargs["attention_mask"] = (there, gone)
     arrays = (swapped(q), swapped(k), swapped(v))
     return Written(arrays, {**kwargs, "qkv_format": "bshd"})

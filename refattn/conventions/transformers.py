@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from refattn import masks
 from refattn.conventions._meaning import Call, Convention
 from refattn.conventions._profile import Profile, Returned, Written
-from refattn.conventions._words import LIBRARY, NONE, batched, four, has, like, no_dropout, some, sources, swapped
+from refattn.conventions._words import LIBRARY, NONE, batched, four, has, like, no_dropout, some, sources, swapped, two
 from refattn.engines import Unsupported
 
 EAGER = Convention(window="keys with its own", empty="mean of v", order="softcap, bias")
@@ -52,14 +52,15 @@ def eager_attention_forward(
     mask = None if attention_mask is None else np.asarray(attention_mask)
     if mask is not None and mask.dtype == np.bool_:
         raise TypeError("attention_mask is of booleans; expected numbers to add to the logits")
-    unseen = None if mask is None else mask.astype(np.float64) <= _least(query)
-    bias = None if mask is None else np.where(unseen, 0.0, mask)
+    how: dict[str, Any] = {}
+    if mask is not None:
+        seen = mask.astype(np.float64) > _least(query)
+        how = {"mask": seen, "bias": np.where(seen, mask, 0.0)}
     call = Call(
         q=query,
         k=key,
         v=value,
-        mask=None if unseen is None else ~unseen,
-        bias=bias,
+        **how,
         scale=scaling,
         softcap=softcap,
         sink=getattr(module, "sinks", None),
@@ -167,10 +168,10 @@ def _write_sdpa(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    return like(call, (returned[0] if isinstance(returned, tuple) else returned).swapaxes(1, 2))
+    return like(call, two(returned)[0].swapaxes(1, 2))
 
 
-_SOURCES = sources(LIBRARY, **dict.fromkeys(("alibi", "alibi_rows", "lse", "empty_lse", "sink"), NONE))
+_NONE = dict.fromkeys(("alibi", "alibi_rows", "lse", "empty_lse", "sink"), NONE)
 
 PROFILES = {
     name: Profile(
@@ -180,11 +181,11 @@ PROFILES = {
         write=write,
         read=_read,
         framework="torch",
-        sources=_SOURCES,
+        sources=sources(LIBRARY, **_NONE, **dict.fromkeys(none, NONE)),
     )
-    for name, function, convention, write in (
-        ("transformers/eager", eager_attention_forward, EAGER, _write_eager),
-        ("transformers/gpt-oss", eager_attention_forward, EAGER, _write_gpt_oss),
-        ("transformers/sdpa", sdpa_attention_forward, SDPA, _write_sdpa),
+    for name, function, convention, write, none in (
+        ("transformers/eager", eager_attention_forward, EAGER, _write_eager, ()),
+        ("transformers/gpt-oss", eager_attention_forward, EAGER, _write_gpt_oss, ("order", "empty")),
+        ("transformers/sdpa", sdpa_attention_forward, SDPA, _write_sdpa, ("order",)),
     )
 }

@@ -22,6 +22,7 @@ from refattn.conventions._words import (
     nothing,
     some,
     sources,
+    two,
 )
 from refattn.engines import Unsupported
 
@@ -86,7 +87,7 @@ class Attend:
         )
         if self.softcap is not None and hides(attn_bias):
             raise ValueError("attn_bias holds −inf; expected finite numbers with a softcap, which caps −inf too")
-        seen = None if mask is None else np.asarray(mask)
+        seen: Any = None if mask is None else np.asarray(mask)
         if seen is not None and seen.ndim == 2:
             seen = seen[:, None, None, :]
         call = Call(
@@ -148,7 +149,7 @@ def _write(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    return like(call, returned[0] if isinstance(returned, tuple) else returned)
+    return like(call, two(returned)[0])
 
 
 PROFILES = {

@@ -27,6 +27,7 @@ from refattn.conventions._words import (
     some,
     sources,
     swapped,
+    two,
 )
 from refattn.engines import Unsupported
 
@@ -222,7 +223,8 @@ def _write(call: Call) -> Written:
     if groups > 1:
         q = q.reshape(*q.shape[:2], few, groups, q.shape[-1])
         k, v = (np.repeat(x[:, :, :, None], groups, axis=3) for x in (k, v))
-        mask = mask.reshape(len(mask), few, groups, *mask.shape[-2:]) if isinstance(mask, np.ndarray) else mask
+        if call.bias is not None:
+            mask = mask.reshape(len(mask), few, groups, *mask.shape[-2:])
     return Written((q, k, v), some(attn_bias=mask, scale=call.scale))
 
 
@@ -236,7 +238,7 @@ def _write_packed(call: Call) -> Written:
 
 
 def _read(returned: Any, call: Call) -> Returned:
-    o = returned[0] if isinstance(returned, tuple) else returned
+    o = two(returned)[0]
     heads, width = (np.shape(call.q)[-3] if np.ndim(call.q) > 2 else 1), np.shape(call.v)[-1]
     return like(call, o.reshape((o.shape[0], o.shape[1], heads, width)).swapaxes(1, 2))
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
 from refattn.conventions import Call, Convention
-from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, positions, window
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, key_heads, positions, window
 
+W = TypeVar("W")
+A = TypeVar("A")
+B = TypeVar("B")
+R = TypeVar("R")
 TILES = (16, 32, 64, 128, 256)
 """Tile sizes that are tried."""
+SCORES = (0.0, -1e4, -5e4, -65504.0, -1e5, -1e9, -1e30, float(np.finfo(np.float32).min))
+"""Scores that are tried for what is hidden."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,16 @@ class Change:
     axis: str | None = None
 
 
+@overload
+def given(a: A, make: Callable[[W, A], R], /) -> Callable[[W], R]: ...
+@overload
+def given(a: A, b: B, make: Callable[[W, A, B], R], /) -> Callable[[W], R]: ...
+def given(*fixed: Any) -> Callable[[Any], Any]:
+    """Return a change with numbers that are known by now."""
+    *known, make = fixed
+    return lambda w: make(w, *known)
+
+
 AXES: dict[str, tuple[str, dict[str, str]]] = {
     "rows": (
         "causal alignment",
@@ -54,6 +70,13 @@ AXES: dict[str, tuple[str, dict[str, str]]] = {
         {
             "bottom-right": "aligns the window to the bottom-right",
             "top-left": "aligns the window to the top-left",
+        },
+    ),
+    "alibi_rows": (
+        "ALiBi",
+        {
+            "bottom-right": "counts ALiBi's distances from the bottom-right",
+            "top-left": "counts ALiBi's distances from the top-left",
         },
     ),
     "window": (
@@ -87,6 +110,7 @@ AXES: dict[str, tuple[str, dict[str, str]]] = {
             "signed distance": "multiplies ALiBi's slope with the signed distance",
             "absolute distance": "multiplies ALiBi's slope with the absolute distance",
             "key position": "multiplies ALiBi's slope with the key's position",
+            "key position if causal": "multiplies ALiBi's slope with the key's position where it is causal",
         },
     ),
     "groups": (
@@ -131,7 +155,7 @@ def seeing(call: Call, convention: Convention) -> Iterator[Change]:
         for rows in ("bottom-right", "top-left"):
             later = j <= positions(call, rows)
             said = f"is causal ({rows}), which was not asked"
-            yield Change("causal ignored", said, lambda w, x=later: w.hiding(causal=x))
+            yield Change("causal ignored", said, given(later, lambda w, x: w.hiding(causal=x)))
     if call.window is not None:
         yield from _windows(call, convention)
     if call.mask is not None:
@@ -144,7 +168,7 @@ def seeing(call: Call, convention: Convention) -> Iterator[Change]:
             ("sees one key after a batch's length", ends + 1),
             ("misses the last key of a batch's length", ends - 1),
         ):
-            yield Change("lengths", said, lambda w, x=x: w.hiding(lengths=j < x))
+            yield Change("lengths", said, given(x, lambda w, x: w.hiding(lengths=j < x)))
     if call.starts is not None:
         yield from _packed(call, convention)
 
@@ -160,21 +184,26 @@ def _sources(call: Call, convention: Convention) -> Iterator[Change]:
     }
     for source, kind in words.items():
         if _source_given(call, source):
-            yield Change(kind, f"ignores {_name(source)}", lambda w, s=source: w.without(s))
+            yield Change(kind, f"ignores {_name(source)}", given(source, lambda w, s: w.without(s)))
             late = f"applies {_name(source)} after the softmax: hidden keys count in the row sum"
-            yield Change("mask order", late, lambda w, s=source: _late(w, s))
+            yield Change("mask order", late, given(source, lambda w, s: _late(w, s)))
             yield from _scores(source, _name(source))
     yield Change("mask order", "hides keys after the softmax: they count in the row sum", lambda w: _late(w, None))
     yield from _scores(None, "any mask")
+    for t in TILES:
+        if n := -call.sizes[1] % t:
+            for score in SCORES[1:]:
+                said = f"gives what any mask hides, and {n} keys that pad the last tile of {t}, the score {score:g}"
+                yield Change("padding score", said, given(n, score, _padded_at))
 
 
 def _scores(source: str | None, name: str) -> Iterator[Change]:
-    for score in (0.0, -1e4, -5e4, -65504.0, -1e5, -1e9, -1e30, float(np.finfo(np.float32).min)):
+    for score in SCORES:
         said = f"gives what {name} hides the score {score:g} instead of −∞"
-        yield Change("padding score", said, lambda w, s=source, c=score: _scored(w, s, lambda _: c))
+        yield Change("padding score", said, given(source, score, lambda w, s, c: _scored(w, s, lambda _: c)))
     for drop in (1.0, 10.0, 100.0, 1e3, 1e4):
         said = f"lowers what {name} hides by {drop:g} only"
-        yield Change("padding score", said, lambda w, s=source, c=drop: _scored(w, s, lambda x: x - c))
+        yield Change("padding score", said, given(source, drop, lambda w, s, c: _scored(w, s, lambda x: x - c)))
 
 
 def _name(source: str) -> str:
@@ -230,7 +259,7 @@ def _causal(call: Call, convention: Convention) -> Iterator[Change]:
         said = f"lets a row see {off} key{'s' * (off > 1)} after its own"
         if off < 0:
             said = "does not let a row see its own key" if off == -1 else "hides a row's own key and the one before"
-        yield Change("causal diagonal", said, lambda w, x=j <= p + off: w.hiding(causal=x))
+        yield Change("causal diagonal", said, given(j <= p + off, lambda w, x: w.hiding(causal=x)))
     yield Change("causal direction", "sees what comes after a row", lambda w: w.hiding(causal=j >= p))
     said = "aligns the last row to the end of all keys, whatever the lengths"
     yield Change("causal alignment", said, lambda w: w.hiding(causal=j <= i + S - T))
@@ -243,7 +272,7 @@ def _causal(call: Call, convention: Convention) -> Iterator[Change]:
     for t in TILES:
         if t < max(S, T):
             said = f"decides causal by whole tiles of {t}"
-            yield Change("causal diagonal", said, lambda w, x=j // t <= p // t: w.hiding(causal=x))
+            yield Change("causal diagonal", said, given(j // t <= p // t, lambda w, x: w.hiding(causal=x)))
             first = p[..., np.arange(T) // t * t, :]
             for more, which in (
                 (0, "ends after the first row of"),
@@ -251,7 +280,7 @@ def _causal(call: Call, convention: Convention) -> Iterator[Change]:
             ):
                 said = f"skips a tile of {t} keys that {which} a tile of rows"
                 kept = (j // t + 1) * t <= first + more
-                yield Change("tile edges", said, lambda w, x=kept: w.hiding(tiles=x))
+                yield Change("tile edges", said, given(kept, lambda w, x: w.hiding(tiles=x)))
 
 
 def _windows(call: Call, convention: Convention) -> Iterator[Change]:
@@ -276,7 +305,7 @@ def _windows(call: Call, convention: Convention) -> Iterator[Change]:
             if length > 0:
                 blocks = (j // length == p // length) & window(call, convention, None, right)
                 said = f"cuts keys into blocks of {length} instead of a window that slides"
-                yield Change("window shape", said, lambda w, x=blocks: w.hiding(window=x))
+                yield Change("window shape", said, given(blocks, lambda w, x: w.hiding(window=x)))
     if right is not None:
         yield other("window ignored", "ignores the window on its right", left, None)
     for number in (-1, 0):
@@ -285,23 +314,31 @@ def _windows(call: Call, convention: Convention) -> Iterator[Change]:
             yield other("window sentinel", said, *(number if x is None else x for x in (left, right)))
 
 
+PICKS: tuple[tuple[str, Callable[[Any], Any]], ...] = (
+    ("reads the first batch's {} in every batch", lambda x: x[:1] if x.ndim > 3 else x),
+    ("reads the first head's {} in every head", lambda x: x[..., :1, :, :] if x.ndim > 2 else x),
+    ("reads the first {} everywhere", lambda x: x[:1, :1] if x.ndim > 3 else x[:1] if x.ndim > 2 else x),
+    ("reads row 0 of the {} in every row", lambda x: x[..., :1, :]),
+    ("reads the {} transposed", lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x),
+)
+"""Ways to read one part of a mask or a bias everywhere."""
+
+
 def _masks() -> Iterator[Change]:
-    for said, pick in (
-        ("reads the first batch's mask in every batch", lambda x: x[:1] if x.ndim > 3 else x),
-        ("reads the first head's mask in every head", lambda x: x[..., :1, :, :] if x.ndim > 2 else x),
-        ("reads the first mask everywhere", lambda x: x[:1, :1] if x.ndim > 3 else x[:1] if x.ndim > 2 else x),
-        ("reads row 0 of the mask in every row", lambda x: x[..., :1, :]),
-        ("reads the mask transposed", lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x),
-    ):
+    for words, pick in PICKS:
+        said = words.format("mask")
         kind = "mask broadcast"
-        yield Change(kind, said, lambda w, f=pick: w.hiding(mask=f(w.sight["mask"])) if "mask" in w.sight else None)
+        yield Change(
+            kind, said, given(pick, lambda w, f: w.hiding(mask=f(w.sight["mask"])) if "mask" in w.sight else None)
+        )
 
 
 def _packed(call: Call, convention: Convention) -> Iterator[Change]:
     assert call.starts is not None
     (T, S), (cq, ck) = call.sizes, (np.asarray(x) for x in call.starts)
     i, j = np.arange(T), np.arange(S)
-    own, near = (np.searchsorted(cq, i, "right")[:, None], np.searchsorted(ck, np.c_[j, j - 1, j + 1].T, "right"))
+    own = np.searchsorted(cq, i, "right")[:, None]
+    near = [np.searchsorted(ck, x, "right") for x in (j, j - 1, j + 1)]
     yield Change(
         "packing",
         "ends a sequence's keys one key too late",
@@ -318,7 +355,7 @@ def _packed(call: Call, convention: Convention) -> Iterator[Change]:
             ("counts causal over the whole packed array", j <= i[:, None]),
             ("counts causal from the end of the whole packed array", j <= i[:, None] + S - T),
         ):
-            yield Change("packing", said, lambda w, x=x: w.hiding(causal=x))
+            yield Change("packing", said, given(x, lambda w, x: w.hiding(causal=x)))
 
 
 def reading(call: Call, convention: Convention) -> Iterator[Change]:
@@ -332,7 +369,7 @@ def reading(call: Call, convention: Convention) -> Iterator[Change]:
             ("lets every query head read the last key head", 0 * h + few - 1),
             ("lets query head h read the key head after its own", (h // (heads // few) + 1) % few),
         ):
-            yield Change("heads", said, lambda w, own=own: _heads(w, call, own))
+            yield Change("heads", said, given(own, lambda w, own: _heads(w, call, own)))
     yield from _batches(call)
     for name, many in (("q", "queries"), ("k", "keys"), ("v", "values")):
         x = np.asarray(getattr(call, name))
@@ -340,11 +377,13 @@ def reading(call: Call, convention: Convention) -> Iterator[Change]:
         yield Change(
             "layout",
             f"reads {many} as they lie in memory, not by their strides",
-            lambda w, n=name, x=flat: _put(w, call, **{n: x}),
+            given(name, flat, lambda w, n, x: _put(w, call, **{n: x})),
         )
         if x.ndim > 2 and x.shape[-3] > 1:
             y = x.reshape(*x.shape[:-3], x.shape[-2], x.shape[-3], -1).swapaxes(-2, -3)
-            yield Change("layout", f"swaps heads and tokens of {many}", lambda w, n=name, x=y: _put(w, call, **{n: x}))
+            yield Change(
+                "layout", f"swaps heads and tokens of {many}", given(name, y, lambda w, n, x: _put(w, call, **{n: x}))
+            )
     yield Change("values", "returns K for V", _keys_as_values)
     yield Change("values", "shifts values by one key", lambda w: w.reading(v=np.roll(w.v, 1, -2)))
     yield Change("values", "shifts values by one key the other way", lambda w: w.reading(v=np.roll(w.v, -1, -2)))
@@ -353,11 +392,11 @@ def reading(call: Call, convention: Convention) -> Iterator[Change]:
         for width, said in ((D // max(t, 1) * t, f"multiplies whole {t}s"), (min(t, D), f"multiplies the first {t}")):
             if 0 < width < D:
                 said = f"{said} of the width of q and k only, {width} of {D}"
-                yield Change("head dim", said, lambda w, n=width: _narrow(w, n))
+                yield Change("head dim", said, given(width, lambda w, n: _narrow(w, n)))
     for width in {D, *(E // t * t for t in (4, 8, 16, 32, 64, 128)), 64, 128}:
         if 0 < width < E:
             said = f"leaves columns of the output from {width} on 0"
-            yield Change("head dim", said, lambda w, n=width: w.reading(v=w.v * (np.arange(w.v.shape[-1]) < n)))
+            yield Change("head dim", said, given(width, lambda w, n: w.reading(v=_cut(w.v, n))))
 
 
 def _heads(w: Written, call: Call, own: Any) -> Written:
@@ -376,8 +415,7 @@ def _put(w: Written, call: Call, **given: Any) -> Written | None:
         if np.array_equal(x, np.asarray(getattr(call, name), np.float64), equal_nan=True):
             return None
         few = x.shape[-3] if x.ndim > 2 else 1
-        tiled = w.convention.groups == "tiled"
-        own = np.arange(heads) % few if tiled else np.arange(heads) // (heads // few)
+        own = key_heads(heads, few, w.convention)
         found[name] = _wide(x[..., own, :, :] if x.ndim > 2 else x, w, name)
     return w.reading(**found)
 
@@ -386,7 +424,7 @@ def _batches(call: Call) -> Iterator[Change]:
     for name, many in (("k", "keys"), ("v", "values")):
         if np.ndim(getattr(call, name)) > 3 and np.shape(getattr(call, name))[0] > 1:
             said = f"reads the first batch's {many} in every batch"
-            yield Change("batches", said, lambda w, n=name: w.reading(**{n: _wide(getattr(w, n)[:1], w, n)}))
+            yield Change("batches", said, given(name, lambda w, n: w.reading(**{n: _wide(getattr(w, n)[:1], w, n)})))
     if np.ndim(call.k) > 3 and np.shape(call.k)[0] > 1:
         said = "reads the first batch's keys and values in every batch"
         yield Change("batches", said, lambda w: w.reading(k=_wide(w.k[:1], w, "k"), v=_wide(w.v[:1], w, "v")))
@@ -398,8 +436,12 @@ def _keys_as_values(w: Written) -> Written:
 
 
 def _narrow(w: Written, width: int) -> Written:
-    kept = np.arange(w.q.shape[-1]) < width
-    return w.reading(q=w.q * kept, k=w.k * kept)
+    return w.reading(q=_cut(w.q, width), k=_cut(w.k, width))
+
+
+def _cut(x: Floats, width: int) -> Floats:
+    """Return the first columns, and 0 for the others."""
+    return x * (np.arange(int(x.shape[-1])) < width)
 
 
 def logits(call: Call, convention: Convention) -> Iterator[Change]:
@@ -426,7 +468,7 @@ def logits(call: Call, convention: Convention) -> Iterator[Change]:
     others.setdefault("scales by the width rounded up to a power of two", (1 << (D - 1).bit_length()) ** -0.5)
     for said, x in others.items():
         if x != right:
-            yield Change("scale", said, lambda w, x=x: replace(w, scale=x))
+            yield Change("scale", said, given(x, lambda w, x: replace(w, scale=x)))
     if call.softcap is not None:
         yield from _softcaps(call.softcap, call.sizes[1])
     if call.bias is not None:
@@ -439,24 +481,25 @@ def logits(call: Call, convention: Convention) -> Iterator[Change]:
 
 def _softcaps(cap: float, S: int) -> Iterator[Change]:
     yield Change("softcap", "ignores the softcap", lambda w: replace(w, softcap=None))
-    for said, made in (
+    others: tuple[tuple[str, Callable[[Written, Floats], Floats]], ...] = (
         ("does not multiply capped logits by the cap again", lambda w, s: np.tanh(s / cap)),
         ("does not divide logits by the cap", lambda w, s: cap * np.tanh(s)),
         ("caps logits before the scale", lambda w, s: w.scale * cap * np.tanh(w.raw / cap)),
         ("clips logits at the cap", lambda w, s: np.clip(s, -cap, cap)),
-    ):
-        yield Change("softcap", said, lambda w, f=made: replace(w, own=f(w, w.scale * w.raw) + w.bias))
+    )
+    for said, made in others:
+        yield Change("softcap", said, given(made, lambda w, f: replace(w, own=f(w, w.scale * w.raw) + w.bias)))
     said = "caps what is hidden too, and so gives it the score −cap"
     yield Change("softcap", said, lambda w: _scored(w, None, lambda _: -cap))
     for t in TILES:
         if S % t:
             words = f"{said}, with {-S % t} keys that pad the last tile of {t}"
-            yield Change("softcap", words, lambda w, n=-S % t: _padded_at(w, n, -cap))
+            yield Change("softcap", words, given(-S % t, lambda w, n: _padded_at(w, n, -cap)))
 
 
 def _padded_at(w: Written, n: int, score: float) -> Written:
     """Return the problem with what is hidden, and keys of zeros, at a score."""
-    return replace(_scored(w, None, lambda _: score) or w, pads=w.pads + n * math.exp(score))
+    return replace(_scored(w, None, lambda _: score) or w, pads=float(np.logaddexp(w.pads, math.log(n) + score)))
 
 
 def _biases(right: float) -> Iterator[Change]:
@@ -469,21 +512,16 @@ def _biases(right: float) -> Iterator[Change]:
         ("adds the bias before the scale", right),
         ("divides the bias by the scale", 1 / right),
     ):
-        yield Change("bias", said, lambda w, x=factor: replace(w, bias=w.bias * x))
-    for said, pick in (
-        ("reads the first batch's bias in every batch", lambda x: x[:1] if x.ndim > 3 else x),
-        ("reads the first head's bias in every head", lambda x: x[..., :1, :, :] if x.ndim > 2 else x),
-        ("reads the first bias everywhere", lambda x: x[:1, :1] if x.ndim > 3 else x[:1] if x.ndim > 2 else x),
-        ("reads row 0 of the bias in every row", lambda x: x[..., :1, :]),
-        ("reads the bias transposed", lambda x: x.swapaxes(-1, -2) if x.shape[-1] == x.shape[-2] else x),
-    ):
-        yield Change("bias", said, lambda w, f=pick: replace(w, bias=f(w.bias)))
+        yield Change("bias", said, given(factor, lambda w, x: replace(w, bias=w.bias * x)))
+    for words, pick in PICKS:
+        said = words.format("bias")
+        yield Change("bias", said, given(pick, lambda w, f: replace(w, bias=f(w.bias))))
 
 
 def _slopes(call: Call, right: float) -> Iterator[Change]:
     slopes = np.asarray(call.slopes, np.float64)
     heads = slopes.shape[-1]
-    h = np.arange(1, heads + 1)
+    h: Floats = np.arange(1.0, heads + 1)
     near = 2.0 ** round(math.log2(heads)) if heads else 1.0
     for said, x in (
         ("ignores ALiBi", 0 * slopes),
@@ -499,21 +537,21 @@ def _slopes(call: Call, right: float) -> Iterator[Change]:
         ("starts slopes with the exponent 0", 2.0 ** (-8 * (h - 1) / max(heads, 1))),
     ):
         ratio = np.divide(x, slopes, out=np.ones(np.broadcast_shapes(x.shape, slopes.shape)), where=slopes != 0)
-        yield Change("ALiBi", said, lambda w, r=ratio: replace(w, bias=w.bias * r[..., None, None]))
+        yield Change("ALiBi", said, given(ratio, lambda w, r: replace(w, bias=w.bias * r[..., None, None])))
 
 
 def _sinks(right: float) -> Iterator[Change]:
     yield Change("sink", "ignores the sink", lambda w: replace(w, sink=None))
     for n in (2, 3, 4, 8):
         said = f"counts the sink {n} times, as if once a split"
-        yield Change("sink", said, lambda w, n=n: _sink(w, lambda s: s + math.log(n)))
+        yield Change("sink", said, given(n, lambda w, n: _sink(w, lambda s: s + math.log(n))))
     for said, factor in (
         ("scales the sink as logits are", right),
         ("does not turn the sink into bits, as logits are: it counts ln 2 times", LN2),
         ("counts the sink log₂e times", 1 / LN2),
         ("has the sink with the other sign", -1.0),
     ):
-        yield Change("sink", said, lambda w, x=factor: _sink(w, lambda s: s * x))
+        yield Change("sink", said, given(factor, lambda w, x: _sink(w, lambda s: s * x)))
     yield Change(
         "sink", "has every head's first sink", lambda w: _sink(w, lambda s: np.broadcast_to(s[..., :1], s.shape))
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -12,10 +12,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
-from refattn.testing import _changes, _online_changes
+from refattn.rounding import TINY
+from refattn.testing import _changes, _gradient_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
-from refattn.testing._written import Bools, Floats, Outcome, Written, write
+from refattn.testing._gradient_changes import Pass
+from refattn.testing._tolerance import tolerance
+from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, write
 
 NEAREST = 24
 """How many of the nearest answers are given their own allowance."""
@@ -92,6 +95,10 @@ def diagnose(
     o: ArrayLike,
     lse: ArrayLike | None = None,
     arithmetic: Arithmetic | str = "fp32",
+    *,
+    gradients: Mapping[str, ArrayLike] | None = None,
+    do: ArrayLike | None = None,
+    dlse: ArrayLike | None = None,
 ) -> Diagnosis:
     r"""Search for what explains a kernel's answer.
 
@@ -112,11 +119,16 @@ def diagnose(
         Its log-sum-exp, which tells more.
     arithmetic
         What the kernel computes in.
+    gradients : mapping, optional
+        Of "q", "k", "v", "bias" or "sink", in their shapes, those of ⟨do, o⟩ + ⟨dlse, lse⟩. They are looked at where o
+        and lse are right.
+    do, dlse : (..., H, T, E), (..., H, T), optional
+        The cotangents; `do` is required with gradients.
 
     Raises
     ------
     ValueError
-        An answer of another shape than the call has.
+        An answer of another shape than the call has; gradients without `do`.
 
     Examples
     --------
@@ -127,9 +139,13 @@ def diagnose(
     aligns rows to the top-left: causal starts with row 0 at key 0
     """
     known = arithmetic_of(arithmetic)
+    if gradients is not None and do is None:
+        raise ValueError("do is missing; expected the cotangent that the gradients are of")
     base = write(call, convention)
     seen = _Answer.of(base, known, o, lse)
     ratio = seen.ratio(base.outcome(), known)
+    if ratio <= 1 and gradients is not None:
+        return _backward(call, convention, gradients, do, dlse, known)
     if ratio <= 1:
         return Diagnosis(ratio, (), (), 0)
     tried = [_tried(change, change.make, base, seen) for change in _singles(call, convention, base, seen, known)]
@@ -148,6 +164,68 @@ def diagnose(
     return Diagnosis(ratio, tuple(found), tuple(missing), count)
 
 
+def _backward(
+    call: Call, convention: Convention, gradients: Mapping[str, ArrayLike], do: Any, dlse: Any, arithmetic: Arithmetic
+) -> Diagnosis:
+    """Search for what explains gradients.
+
+    A changed gradient is allowed what the right one is, and as much for each unit of its absolute terms.
+    """
+    right = _gradient_changes.backward(call, convention, do, dlse)
+    allowed = _gradient_allowance(call, convention, right.do, right.dlse, arithmetic)
+    actual = {name: np.asarray(x, np.float64) for name, x in gradients.items()}
+    plain = right.gradients()
+    for name, x in actual.items():
+        if name not in plain or x.shape != plain[name].shape:
+            wanted = plain[name].shape if name in plain else "no such gradient"
+            raise ValueError(f"gradients has {name!r} of shape {x.shape}; expected {wanted}")
+
+    with np.errstate(all="ignore"):
+        level = {s: np.nanmax(allowed[s] / x, initial=0.0) for s, x in right.sizes().items()}
+
+    def far(changed: Pass, actual: Mapping[str, Floats]) -> float:
+        other, sizes = changed.gradients(), {} if changed is right else changed.sizes()
+        return _largest(_ratio(x, other[s], allowed[s] + level[s] * sizes.get(s, 0.0)) for s, x in actual.items())
+
+    ratio = far(right, actual)
+    if ratio <= 1:
+        return Diagnosis(ratio, (), (), 0)
+    found: list[Explanation] = []
+    seen: dict[str, bool] = {}
+    count = 0
+    with np.errstate(all="ignore"):
+        for change in _gradient_changes.changes(right):
+            count += 1
+            changed = change.make(right)
+            other = changed.gradients()
+            seen[change.kind] = seen.get(change.kind, False) or far(right, {s: other[s] for s in actual}) > 2
+            if (r := far(changed, actual)) <= 1:
+                found.append(Explanation((change.kind,), change.said, r, ratio / max(r, 2.0**-20)))
+    found.sort(key=lambda one: one.ratio)
+    return Diagnosis(ratio, tuple(found), tuple(kind for kind, shown in seen.items() if not shown), count)
+
+
+def _gradient_allowance(
+    call: Call, convention: Convention, do: Any, dlse: Any, arithmetic: Arithmetic
+) -> dict[str, Floats]:
+    """Return how far right gradients may be off, with the definition's own rounding."""
+    meaning = call.under(convention)
+    shape = np.shape(call.q)[:-1] if np.ndim(call.q) < 3 else do.shape[:-1]
+    do = do.reshape(*shape, do.shape[-1])
+    dlse = dlse.reshape(shape) * (LN2 if convention.lse == "bits" else 1.0)
+    bare = call.sink is not None and convention.sink == "not counted"
+    total: dict[str, Floats] = {}
+    for one in (arithmetic, "fp64"):
+
+        def verb(do: Any, q: Any, k: Any, v: Any, one: Any = one, **options: Any) -> Any:
+            return tolerance(one, q, k, v, do=do, **options)
+
+        for name, x in meaning.gradient_allowance(verb, do, None if bare else dlse)._asdict().items():
+            if name in "q k v bias sink".split() and x is not None:
+                total[name] = total.get(name, 0.0) + np.asarray(x)
+    return total
+
+
 def shared(diagnoses: Iterable[Diagnosis]) -> tuple[str, ...]:
     """Return the classes that explain most of the answers of one kernel, those that explain more first.
 
@@ -164,25 +242,23 @@ def shared(diagnoses: Iterable[Diagnosis]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a kernel answered, and what is allowed of it as it was asked."""
+    """What a kernel answered, what is allowed of it as it was asked, and the same without zeros: what is near."""
 
     o: Floats
     lse: Floats | None
     judged: tuple[Bools, Bools]
     own: tuple[Floats, Floats]
+    near: tuple[Floats, Floats]
 
     @classmethod
     def of(cls, w: Written, arithmetic: Arithmetic, o: ArrayLike, lse: ArrayLike | None) -> _Answer:
         right = w.outcome()
-        found: list[Any] = []
-        for name, x, like in (("o", o, right.o), ("lse", lse, right.lse)):
-            x = None if x is None else np.asarray(x, np.float64)
-            if x is not None and x.size != like.size:
-                raise ValueError(f"{name} has shape {x.shape}; expected {like.shape}")
-            found.append(None if x is None else x.reshape(like.shape))
         how = w.convention
         judged = ~(w.empty & (how.empty == "any")), ~(w.empty & (how.empty_lse == "any"))
-        return cls(*found, (judged[0][..., None], judged[1]), right.allowance(arithmetic))
+        own = right.allowance(arithmetic)
+        near = tuple(np.where(x == 0, np.where(np.isfinite(x), x, 0.0).max(initial=TINY), x) for x in own)
+        given = _shaped("o", o, right.o), None if lse is None else _shaped("lse", lse, right.lse)
+        return cls(*given, (judged[0][..., None], judged[1]), own, (near[0], near[1]))
 
     def ratios(self, outcome: Outcome, allowed: tuple[Floats, Floats]) -> Iterator[Floats]:
         """Yield error ÷ bound of o, and of lse where it is given."""
@@ -200,6 +276,14 @@ class _Answer:
         """Whether two answers are further apart than the bound of both."""
         pairs = zip((a.o, a.lse), (b.o, b.lse), self.own, (self.o, self.lse), strict=True)
         return any(bool((_ratio(x, y, 2 * bound) > 1).any()) for x, y, bound, given in pairs if given is not None)
+
+
+def _shaped(name: str, x: ArrayLike, like: Floats) -> Floats:
+    """Return an answer in the shape that it has with all leading axes."""
+    x = np.asarray(x, np.float64)
+    if x.size != like.size:
+        raise ValueError(f"{name} has shape {x.shape}; expected {like.shape}")
+    return x.reshape(like.shape)
 
 
 def _ratio(x: Floats, y: Floats, bound: Floats) -> Floats:
@@ -252,7 +336,7 @@ def _tried(change: Change, make: Any, w: Written, seen: _Answer, first: tuple[Ch
             return _Tried(changes, None, None, math.inf, math.inf, False)
         if outcome.arithmetic is not None:
             return _Tried(changes, outcome, changed, 0.0, math.inf, True)
-        parts = list(seen.ratios(outcome, seen.own))
+        parts = list(seen.ratios(outcome, seen.near))
         mean = sum(float(np.log1p(np.minimum(x, 1e6)).mean()) for x in parts if x.size)
         right = w.outcome()
         return _Tried(changes, outcome, changed, _largest(parts), mean, seen.differs(outcome, right))

@@ -64,7 +64,8 @@ def cast_error(x: Array, f: Format | None, descale: bool = False) -> Array:
         return np.zeros_like(x)
     size = np.abs(x)
     if not descale:
-        return np.where(size > f.largest, np.inf, f.u * size + f.tiny)
+        held = f.round(size) == size
+        return np.where(held, 0.0, np.where(size > f.largest, np.inf, f.u * size + f.tiny))
     rest = np.where(np.isfinite(size), size, 0.0)  # what nobody sees
     factor = rest.max(initial=0.0) / f.largest
     u = (1 + f.u) * (1 + 6 * 2.0**-24) - 1  # the factor and its products are float32
@@ -77,7 +78,7 @@ def received(x: Array, arithmetic: Arithmetic) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         given = f.inputs.round(x)
         moved = np.where(given == x, 0.0, np.abs(given - x))
-        error = moved + cast_error(np.abs(x) + moved, f.operands, arithmetic.descale)
+        error = moved + cast_error(given, f.operands, arithmetic.descale)
     return np.where(np.isnan(error), np.inf, error)
 
 
@@ -98,13 +99,16 @@ class Inputs:
 class Logits(NamedTuple):
     """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way.
 
-    `slope` is the softcap's, with a bound on its error.
+    `slope` is the softcap's, with a bound on its error. The errors of a row's logits may have a part in common, at most
+    `shift`: `e` is what is left, which is less by `spared`.
     """
 
     z: Array
     e: Array
     top: Array
     slope: tuple[Array, Array] | None
+    shift: Array
+    spared: Array
 
 
 def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
@@ -146,7 +150,26 @@ def logits(
     z, e, top = (np.where(seen, x, rest) for x, rest in ((steps.z, -np.inf), (steps.e, 0.0), (steps.top, 0.0)))
     if steps.slope is not None:
         steps.slope = np.where(seen, steps.slope[0], 0.0), np.where(seen, steps.slope[1], 0.0)
-    return Logits(z, e, top, steps.slope)
+    shift, spared = np.zeros((len(rows), 1)), np.zeros(seen.shape)
+    if call.softcap is None and (one.sink is None or np.isneginf(one.sink)) and dq.any():
+        shift, spared = _common(inputs.k * right, dq, seen)
+        shift, spared = after * shift, after * spared
+    return Logits(z, e - spared, top, steps.slope, shift, spared)
+
+
+def _common(k: Array, dq: Array, seen: Bools) -> tuple[Array, Array]:
+    """Split what an error of q does to logits: the part in common, through the keys' mean, and what each is spared.
+
+    Softmax ignores the former (P8). Rows that gain nothing are not split.
+    """
+    mean = mix(seen.astype(np.float64), k, seen) / np.maximum(seen.sum(axis=1, keepdims=True), 1)
+    spared = np.zeros(seen.shape)
+    for c in range(k.shape[1]):
+        spared += dq[:, c, None] * (np.abs(k[:, c]) * (1 - 8 * k.shape[1] * U) - np.abs(k[:, c] - mean[:, c, None]))
+    spared = np.where(seen, spared, 0.0)
+    gains = np.isfinite(spared).all(axis=1, keepdims=True) & (spared.sum(axis=1, keepdims=True) > 0)
+    shift = (dq * np.abs(mean)).sum(axis=1, keepdims=True)
+    return np.where(gains, shift, 0.0), np.where(gains, spared, 0.0)
 
 
 class _Steps:
@@ -243,6 +266,7 @@ class Rows:
         self.doubt: Array = e64.max(axis=1, keepdims=True, initial=0.0)
         self.wide: Array = EVALUATION * np.exp(4 * self.doubt)
         self.em: Array = e.max(axis=1, keepdims=True, initial=0.0)
+        self.shift, self.spared = own.shift, own.spared
         self.rises: Array = _rises(z, e, live, arithmetic, z.shape[1] - len(keys))
         self.e: Array = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
@@ -255,7 +279,7 @@ class Rows:
     def _exponents(self, z: Array, e: Array, away: Array) -> Array:
         """Return e_j: the logit's error, the exponent's roundings, exp, and the rises of the maximum after it."""
         a, u, em = self.arithmetic, self.u, self.em
-        largest = np.where(self.live, np.abs(z), 0.0).max(axis=1, keepdims=True, initial=0.0) + em
+        largest = np.where(self.live, np.abs(z), 0.0).max(axis=1, keepdims=True, initial=0.0) + em + self.shift
         g, steps = away + e + em + 2 * a.lazy, 3 if a.exp == "exp" else 5
         e = e + steps * u.scores * g + (1 + self.rises) * (u.exp + steps * a.formats.scores.tiny)
         if a.exp == "exp2":
@@ -358,10 +382,10 @@ class Rows:
         a, f = self.arithmetic, self.arithmetic.formats
         u, ln = f.accumulate.u, np.log(self.total)
         lse = np.abs(self.m + ln)
-        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
+        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt + self.shift
         # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
         constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
-        error = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
+        error = self.e_z + u * (constants * (np.abs(self.m) + self.em + self.shift) + absolute)
         error = (error + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
         error = error * 2 if a.splits > 1 else error
         if f.lse.bits < f.accumulate.bits or f.lse.least > f.accumulate.least:
@@ -402,5 +426,5 @@ def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic, sinks: int) 
         return np.zeros_like(z)
     above, upper = np.empty_like(z), np.sort(np.where(live, z + e, -np.inf), axis=1)
     for i in range(len(z)):
-        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right")
+        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right") - (e[i] > 0)  # but itself
     return np.where(live, np.minimum(above, most), 0.0)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from refattn.conventions import Call
 from refattn.testing._arithmetic import Arithmetic
-from refattn.testing._changes import TILES, Change, based
+from refattn.testing._changes import TILES, Change, based, given
 from refattn.testing._formats import FORMATS, Format
 from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, summed
 
@@ -37,39 +38,44 @@ def tiling(call: Call) -> Iterator[Change]:
                 yield Change(
                     kind,
                     f"drops the last {tail} keys, a tile of {t} that is not whole",
-                    lambda w, n=S - tail: w.hiding(tiles=j < n),
+                    given(S - tail, lambda w, n: w.hiding(tiles=j < n)),
                 )
             last = j >= (S - 1) // t * t
-            yield Change(kind, f"counts the last tile of {t} keys twice", lambda w, x=last: _counted(w, x))
+            yield Change(kind, f"counts the last tile of {t} keys twice", given(last, lambda w, x: _counted(w, x)))
             yield Change(
                 kind,
                 f"counts the first key of each tile of {t} twice",
-                lambda w, x=(j % t == 0) & (j > 0): _counted(w, x),
+                given((j % t == 0) & (j > 0), lambda w, x: _counted(w, x)),
             )
             yield Change(
                 kind,
                 f"counts the last key of each tile of {t} twice",
-                lambda w, x=(j % t == t - 1) & (j < S - 1): _counted(w, x),
+                given((j % t == t - 1) & (j < S - 1), lambda w, x: _counted(w, x)),
             )
-            yield Change(kind, f"sees the first tile of {t} keys only", lambda w, n=t: w.hiding(tiles=j < n))
+            yield Change(kind, f"sees the first tile of {t} keys only", given(t, lambda w, n: w.hiding(tiles=j < n)))
             if S // t < FEW:
                 for n in range(-(-S // t)):
                     yield Change(
                         kind,
                         f"drops keys {n * t} to {min(n * t + t, S) - 1}, a tile of {t}",
-                        lambda w, x=j // t != n: w.hiding(tiles=x),
+                        given(j // t != n, lambda w, x: w.hiding(tiles=x)),
                     )
         if S % t:
             said = f"sees {-S % t} keys of zeros that pad the last tile of {t}"
-            yield Change("padding score", said, lambda w, n=-S % t: replace(w, pads=w.pads + n))
+            yield Change("padding score", said, given(-S % t, lambda w, n: _also(w, n)))
         if t < T and T % t:
             said = f"leaves the last {T % t} rows, a tile of {t} that is not whole, 0"
-            yield Change(kind, said, lambda w, n=T - T % t: _rows_lost(w, np.arange(T) >= n))
+            yield Change(kind, said, given(T - T % t, lambda w, n: _rows_lost(w, np.arange(T) >= n)))
+
+
+def _also(w: Written, n: float) -> Written:
+    """Return the problem with n keys of zeros, values too."""
+    return replace(w, pads=float(np.logaddexp(w.pads, math.log(n))))
 
 
 def _before_end(w: Written, n: int) -> Bools:
     """Return all but the last keys that exist."""
-    j = np.arange(w.raw.shape[-1])
+    j = np.arange(int(w.raw.shape[-1]))
     exists = w.sight.get("lengths", np.ones(1, np.bool_))
     ends = np.broadcast_to(exists, (*exists.shape[:-1], len(j))).sum(-1, keepdims=True)
     return j < ends - n
@@ -96,18 +102,18 @@ def online(call: Call) -> Iterator[Change]:
                 (f"merges {words} without rescaling", "o l"),
                 (f"merges {words} and divides by what it should rescale with", "inverse"),
             ):
-                yield Change("rescaling", said, lambda w, t=t, h=how: _unscaled(w, t, h))
+                yield Change("rescaling", said, given(t, how, lambda w, t, h: _unscaled(w, t, h)))
             said = f"takes the maximum of each tile of {t} keys alone, so that rescaling overflows"
-            yield Change("running maximum", said, lambda w, t=t: _overflowing(w, t))
+            yield Change("running maximum", said, given(t, lambda w, t: _overflowing(w, t)))
             yield Change(
-                "row sum", f"has the row sum of the last tile of {t} keys only", lambda w, t=t: _last_sum(w, t)
+                "row sum", f"has the row sum of the last tile of {t} keys only", given(t, lambda w, t: _last_sum(w, t))
             )
     yield Change("running maximum", "takes exponentials of logits as they are, without the maximum", _unshifted)
     for low in (0.0, -1e3, -1e4, -5e4, -65504.0):
         said = (
             f"starts the maximum at {low:g}, so that rows whose logits are all far below answer as if they saw nothing"
         )
-        yield Change("running maximum", said, lambda w, c=low: _floor(w, c))
+        yield Change("running maximum", said, given(low, lambda w, c: _floor(w, c)))
     yield Change("row sum", "does not divide by the row sum", lambda w: _divided(w, lambda x: x))
     yield from _nan()
 
@@ -141,7 +147,7 @@ def _unscaled(w: Written, t: int, how: str) -> Outcome:
 
 def _overflowing(w: Written, t: int) -> Outcome | None:
     s = w.masked
-    tops = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
+    tops: list[Floats] = [s[..., n : n + t].max(-1) for n in range(0, s.shape[-1], t)]
     broken, last = np.zeros(s.shape[:-1], np.bool_), tops[0]
     with np.errstate(invalid="ignore"):
         for top in tops[1:]:
@@ -176,7 +182,8 @@ def _floor(w: Written, low: float) -> Outcome | None:
 
 def _last_sum(w: Written, t: int) -> Outcome:
     """Return what is answered with the row sum of the last tile in which a row sees anything."""
-    j, m = np.arange(w.raw.shape[-1]), w.top
+    j = np.arange(int(w.raw.shape[-1]))
+    m = w.top
     final = np.where(w.seen, j // t, -1).max((-1, -2), keepdims=True)
     l = summed(np.where(j // t == final, w.masked, -np.inf))  # noqa: E741
     if w.sink is not None:
@@ -203,16 +210,16 @@ def _nan() -> Iterator[Change]:
 
 
 def _poisoned(w: Written) -> Outcome | None:
-    bad = ~np.isfinite(w.v)
+    bad: Bools = ~np.isfinite(w.v)
     if not bad.any():
         return None
     right = w.outcome()
-    return replace(right, o=np.where(bad.any(-2)[..., None, :], np.nan, right.o))
+    return replace(right, o=np.where(bad.max(-2, keepdims=True), np.nan, right.o))
 
 
 def _broken_by_keys(w: Written) -> Outcome | None:
-    bad = ~np.isfinite(w.k).all((-1, -2))
-    return _broken(w, np.broadcast_to(bad[..., None], w.top.shape)) if bad.any() else None
+    bad = ~np.isfinite(w.k)
+    return _broken(w, np.broadcast_to(bad.max((-1, -2))[..., None], w.top.shape)) if bad.any() else None
 
 
 def sums(call: Call) -> Iterator[Change]:
@@ -226,7 +233,7 @@ def sums(call: Call) -> Iterator[Change]:
 
         return make
 
-    for said, f in (
+    others: tuple[tuple[str, Callable[[Written, Floats], Floats]], ...] = (
         ("gives lse without the maximum: the logarithm of the row sum alone", lambda w, x: x - based(w, _end(w))),
         ("gives the maximum for lse", lambda w, x: based(w, _end(w))),
         ("gives lse with the other sign", lambda w, x: -x),
@@ -242,7 +249,8 @@ def sums(call: Call) -> Iterator[Change]:
         ),
         ("gives lse of logits that are not scaled", lambda w, x: x - based(w, _end(w)) * (1 - 1 / w.scale)),
         ("gives lse minus the logarithm of the number of keys", lambda w, x: x - based(w, np.log(w.seen.sum(-1)))),
-    ):
+    )
+    for said, f in others:
         yield Change("lse", said, of(f))
 
 
@@ -269,7 +277,7 @@ def splits(call: Call) -> Iterator[Change]:
             (f"keeps the last of {words} only", "last"),
             (f"weighs {words} with their lse, not its exponential", "linear"),
         ):
-            yield Change("merge", said, lambda w, x=starts, h=how: _merged(w, x, h))
+            yield Change("merge", said, given(starts, how, lambda w, x, h: _merged(w, x, h)))
 
 
 def _merged(w: Written, starts: tuple[int, ...], how: str) -> Outcome | None:
@@ -299,7 +307,8 @@ def _merged(w: Written, starts: tuple[int, ...], how: str) -> Outcome | None:
             if how == "nats"
             else lse
         )
-        top = np.where(np.isneginf(known.max(0)), 0.0, known.max(0))
+        top: Floats = known.max(0)
+        top = np.where(np.isneginf(top), 0.0, top)
         p = np.exp(known - top)
         z = p.sum(0)
         total = top + np.log(z)
@@ -319,26 +328,28 @@ def precision(arithmetic: Arithmetic) -> Iterator[Change]:
         for f in formats:
             if weights.bits < 24 and f is weights:
                 said = f"rounds P to {f.name} before the row sum{words}"
-                yield Change("precision", said, lambda w, t=t, f=f: _rounded_first(w, t, f, arithmetic))
+                yield Change("precision", said, given(t, f, lambda w, t, f: _rounded_first(w, t, f, arithmetic)))
     yield Change("precision", "overflows float16 in q·k before the scale", lambda w: _half_overflow(w))
     for f in formats:
         if f.bits < arithmetic.formats.scores.bits:
             words, kind, rank = f"in {f.name}", "precision", 3
             stored = replace(arithmetic, stored_scores=f)
-            yield Change(kind, f"has logits {words}", lambda w, a=stored: replace(w.outcome(), arithmetic=a), rank)
+            yield Change(
+                kind, f"has logits {words}", given(stored, lambda w, a: replace(w.outcome(), arithmetic=a)), rank
+            )
             sums = replace(arithmetic, accumulate=f, lse=arithmetic.formats.lse)
-            yield Change(kind, f"sums {words}", lambda w, a=sums: replace(w.outcome(), arithmetic=a), rank)
+            yield Change(kind, f"sums {words}", given(sums, lambda w, a: replace(w.outcome(), arithmetic=a)), rank)
             lse = replace(arithmetic, lse=f)
-            yield Change(kind, f"gives lse {words}", lambda w, a=lse: replace(w.outcome(), arithmetic=a), rank)
+            yield Change(kind, f"gives lse {words}", given(lse, lambda w, a: replace(w.outcome(), arithmetic=a)), rank)
         if f.bits < weights.bits:
             coarse = replace(arithmetic, weights=f)
             yield Change(
-                "precision", f"rounds P to {f.name}", lambda w, a=coarse: replace(w.outcome(), arithmetic=a), 3
+                "precision", f"rounds P to {f.name}", given(coarse, lambda w, a: replace(w.outcome(), arithmetic=a)), 3
             )
     for bits in (2, 4, 6, 8, 10, 12):
         quick = replace(arithmetic, exp_ulp=arithmetic.exp_ulp * 2.0**bits)
         said = f"has an exponential that is {2**bits} times less exact than stated"
-        yield Change("precision", said, lambda w, a=quick: replace(w.outcome(), arithmetic=a), 3)
+        yield Change("precision", said, given(quick, lambda w, a: replace(w.outcome(), arithmetic=a)), 3)
 
 
 def _rounded_first(w: Written, t: int | None, f: Format, arithmetic: Arithmetic) -> Outcome:
@@ -355,7 +366,7 @@ def _rounded_first(w: Written, t: int | None, f: Format, arithmetic: Arithmetic)
 
 def _half_overflow(w: Written) -> Outcome | None:
     with np.errstate(invalid="ignore"):
-        broken = ((w.raw > FORMATS["float16"].largest) & w.seen).any(-1)
+        broken: Bools = ((w.raw > FORMATS["float16"].largest) & w.seen).max(-1)
     return _broken(w, broken) if broken.any() else None
 
 
@@ -364,37 +375,43 @@ def fitted(w: Written, o: Floats, lse: Floats | None) -> Iterator[Change]:
     right = w.outcome()
     factor = _middle(o / np.where(right.o == 0, np.nan, right.o))
     if factor is not None:
-        yield Change("output", f"multiplies the output by {factor:.6g}", lambda w, x=factor: _times(w, x), 2)
+        yield Change("output", f"multiplies the output by {factor:.6g}", given(factor, lambda w, x: _times(w, x)), 2)
     with np.errstate(invalid="ignore"):
         l = np.exp(np.nan_to_num(w.normaliser - _end(w)))  # noqa: E741
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         eps = _middle(l[..., None] * (right.o / np.where(o == 0, np.nan, o) - 1))
     if eps is not None and eps > 0:
         yield Change(
-            "row sum", f"divides by the row sum and {eps:.3g}", lambda w, x=eps: _divided(w, lambda l: l / (l + x)), 2
+            "row sum",
+            f"divides by the row sum and {eps:.3g}",
+            given(eps, lambda w, x: _divided(w, lambda z: z / (z + x))),
+            2,
         )
     if lse is not None:
         with np.errstate(invalid="ignore", over="ignore"):
             more = _middle(np.exp(lse * (LN2 if w.convention.lse == "bits" else 1.0)) - np.exp(w.normaliser))
         if more is not None and more > 0:
             said = f"counts {more:.4g} too much in every row sum, as of a key with the score {math.log(more):.4g}"
-            yield Change("padding score", said, lambda w, x=more: replace(w, pads=w.pads + x), 2)
+            yield Change("padding score", said, given(more, lambda w, x: _also(w, x)), 2)
     if lse is not None and np.shape(lse) == right.lse.shape:
         with np.errstate(invalid="ignore"):
             off = _middle(lse - right.lse)
             times = _middle(lse / np.where(right.lse == 0, np.nan, right.lse))
         if off is not None:
             yield Change(
-                "lse", f"adds {off:.6g} to lse", lambda w, x=off: replace(w.outcome(), lse=w.outcome().lse + x), 2
+                "lse",
+                f"adds {off:.6g} to lse",
+                given(off, lambda w, x: replace(w.outcome(), lse=w.outcome().lse + x)),
+                2,
             )
         if times is not None:
             yield Change(
                 "lse",
                 f"multiplies lse by {times:.6g}",
-                lambda w, x=times: replace(w.outcome(), lse=w.outcome().lse * x),
+                given(times, lambda w, x: replace(w.outcome(), lse=w.outcome().lse * x)),
                 2,
             )
-    for words, made in (
+    searched: tuple[tuple[str, Callable[[Written, float], Written]], ...] = (
         ("scales logits by {:.6g} times what is right", lambda w, x: replace(w, scale=w.scale * x)),
         ("counts the bias {:.6g} times", lambda w, x: replace(w, bias=w.bias * x)),
         ("has a softcap {:.6g} times what is right", lambda w, x: replace(w, softcap=(w.softcap or 1.0) * x)),
@@ -402,12 +419,13 @@ def fitted(w: Written, o: Floats, lse: Floats | None) -> Iterator[Change]:
             "has sinks that are off by ln {:.6g}",
             lambda w, x: replace(w, sink=None if w.sink is None else w.sink + math.log(x)),
         ),
-    ):
+    )
+    for words, made in searched:
         there = {"bias": np.any(w.bias), "softcap": w.softcap is not None, "sinks": w.sink is not None}
         if all(flag for name, flag in there.items() if name in words):
-            best = _search(lambda x, f=made: f(w, x), o, lse)
+            best = _search(partial(made, w), o, lse)
             kind = next((name for name in ("bias", "softcap", "sink") if name in words), "scale")
-            yield Change(kind, words.format(best), lambda w, x=best, f=made: f(w, x), 2)
+            yield Change(kind, words.format(best), given(best, made, lambda w, x, f: f(w, x)), 2)
 
 
 def _times(w: Written, factor: float) -> Outcome:
@@ -426,13 +444,10 @@ def _search(made: Callable[[float], Written], o: Floats, lse: Floats | None) -> 
 
     def off(t: float) -> float:
         w = made(2.0**t)
-        part = w.masked
-        normal = w.normaliser
         with np.errstate(invalid="ignore", over="ignore"):
-            far = np.abs(averaged(part, w.v, normal) - o)
-            far = np.concatenate([far.ravel(), np.abs(based(w, normal) - lse).ravel() if lse is not None else []])
-        far = far[np.isfinite(far)]
-        return float(far.sum()) if len(far) else math.inf
+            far = [np.abs(averaged(w.masked, w.v, w.normaliser) - o)]
+            far += [] if lse is None else [np.abs(based(w, w.normaliser) - lse)]
+        return float(sum(x[np.isfinite(x)].sum() for x in far))
 
     coarse: Any = np.linspace(-4, 4, 17)
     at = int(np.argmin([off(t) for t in coarse]))

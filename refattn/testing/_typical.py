@@ -108,7 +108,7 @@ class _Typical:
         given = self.sigma * ((q + self.dq) @ (k + dk).T) - size
         sums = D * u.dots / (1 - D * u.dots) if D * u.dots < 1 else math.inf
         rises = state.rises[:, : self.n_keys]
-        rest = state.e[:, : self.n_keys] - given - sums * (size + given) - (rises + 1) * u.exp
+        rest = state.e[:, : self.n_keys] + state.spared - given - sums * (size + given) - (rises + 1) * u.exp
         rest = np.maximum(rest - (-math.log1p(-state.uP) if state.common else 0.0), 0.0)
         alone = np.sqrt((u.dots * math.sqrt(D) * size) ** 2 + self.sigma**2 * (q**2 @ (dk**2).T) + rest**2)
         # the maximum of n keys in a random order rises ln n times

@@ -29,8 +29,8 @@ class Written:
     """The definition's arguments with all leading axes, a key head for each query head, and pairs as arrays.
 
     `raw` holds q·k. `sight` says of each source of masking which pairs it lets be seen; its arrays broadcast to
-    (..., H, T, S). `pads` counts keys of zeros, with values 0, that every row sees beside its own. `own` are logits that are not made
-    of the rest.
+    (..., H, T, S). `pads` is the logit of what every row sees beside its own keys, with values 0. `own` are
+    logits that are not made of the rest.
     """
 
     convention: Convention
@@ -44,7 +44,7 @@ class Written:
     bias: Floats
     sink: Floats | None
     sight: Mapping[str, Bools]
-    pads: float = 0.0
+    pads: float = -math.inf
     own: Floats | None = None
 
     @cached_property
@@ -78,7 +78,7 @@ class Written:
     @cached_property
     def empty(self) -> Bools:
         """Which rows see nothing and have no sink."""
-        return np.isneginf(self.top) & (self.sink is None) & (self.pads == 0)
+        return np.isneginf(self.top) & (self.sink is None) & math.isinf(self.pads)
 
     @cached_property
     def normaliser(self) -> Floats:
@@ -86,7 +86,7 @@ class Written:
         lse = summed(self.masked)
         if self.sink is not None:
             lse = np.logaddexp(lse, self.sink[..., None])
-        return np.logaddexp(lse, math.log(self.pads)) if self.pads else lse
+        return lse if math.isinf(self.pads) else np.logaddexp(lse, self.pads)
 
     def called(self, o: Floats, lse: Floats) -> tuple[Floats, Floats]:
         """Return o and lse, of which lse is in nats, as the convention has them."""
@@ -157,8 +157,8 @@ def allowed(w: Written, arithmetic: Arithmetic) -> tuple[Floats, Floats]:
     """Return the tolerance of a problem: o's and, in nats, lse's."""
     options: dict[str, Any] = {"softcap": w.softcap, "order": w.order, "mask": w.seen, "scale": w.scale}
     sink, bias = w.sink, w.bias
-    if w.pads:
-        pads = np.full(w.raw.shape[:-2], math.log(w.pads))
+    if not math.isinf(w.pads):
+        pads = np.full(w.raw.shape[:-2], w.pads)
         sink = pads if sink is None else np.logaddexp(sink, pads)
     if w.own is not None:  # what is added to products, but for a number common to the row and weights that are 0
         top = np.where(np.isfinite(w.top), w.top, 0.0)[..., None]
@@ -187,10 +187,14 @@ def summed(s: Floats) -> Floats:
 
 def averaged(s: Floats, v: Floats, lse: Floats) -> Floats:
     """Return Σ exp(s − lse) v over what is not −inf; NaN where such a value is not finite."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        w = np.where(np.isneginf(s), 0.0, np.exp(s - np.where(np.isfinite(lse), lse, 0.0)[..., None]))
+    m = s.max(-1, initial=-np.inf, keepdims=True)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        w = np.where(np.isneginf(s), 0.0, np.exp(s - np.where(np.isfinite(m), m, 0.0)))
+        z = w.sum(-1, keepdims=True)
+        own = (m + np.log(z))[..., 0]
+        gain = np.where(own == lse, 1.0, np.exp(own - lse))
         sound = np.isfinite(v)
-        o = w @ np.where(sound, v, 0.0)
+        o = np.where(z == 0, 0.0, gain[..., None] * (w @ np.where(sound, v, 0.0)) / z)
         if not sound.all():
             o = np.where((~np.isneginf(s)).astype(np.float64) @ (~sound).astype(np.float64) > 0, np.nan, o)
     return o
@@ -201,14 +205,8 @@ def write(call: Call, convention: Convention) -> Written:
     q, k, v = (np.asarray(x, np.float64) for x in (call.q, call.k, call.v))
     q, k, v = (x[None] if x.ndim == 2 else x for x in (q, k, v))
     heads, few = q.shape[-3], k.shape[-3]
-    own: NDArray[np.int64] = (
-        np.arange(heads) // (heads // few) if convention.groups == "interleaved" else np.arange(heads) % few
-    )
-    lead = np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
-    q, k, v = (
-        np.broadcast_to(x, (*lead, *x.shape[-3:]))
-        for x in (q, k if few == heads else k[..., own, :, :], v if few == heads else v[..., own, :, :])
-    )
+    own, lead = key_heads(heads, few, convention), np.broadcast_shapes(*(x.shape[:-3] for x in (q, k, v)))
+    q, k, v = (np.broadcast_to(x, (*lead, *x.shape[-3:])) for x in (q, k[..., own, :, :], v[..., own, :, :]))
     scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     bias, sight = np.zeros(1), sources(call, convention)
     if call.bias is not None:
@@ -221,6 +219,12 @@ def write(call: Call, convention: Convention) -> Written:
     return Written(convention, q, k, v, products(q, k), scale, call.softcap, convention.order, bias, sink, sight)
 
 
+def key_heads(heads: int, few: int, convention: Convention) -> NDArray[np.int64]:
+    """Return which key head each query head reads."""
+    each: NDArray[np.int64] = np.arange(heads)
+    return each // (heads // few) if convention.groups == "interleaved" else each % few
+
+
 def positions(call: Call, rows: str) -> NDArray[np.int64]:
     """Return where rows stand on the key axis, (..., T, 1)."""
     return call.positions(rows)[..., None]
@@ -228,11 +232,12 @@ def positions(call: Call, rows: str) -> NDArray[np.int64]:
 
 def distances(call: Call, convention: Convention) -> Floats:
     """Return what ALiBi's slopes multiply, (..., T, S)."""
-    j, p = np.arange(call.sizes[1]), positions(call, convention.rows)
-    if convention.alibi == "key position":
+    j, p = np.arange(call.sizes[1]), positions(call, convention.alibi_rows)
+    form = call.under(convention)._form()  # pyright: ignore[reportPrivateUsage]
+    if form == "key position":
         starts = np.zeros(1, np.int64) if call.starts is None else np.asarray(call.starts[1])
         return (j - starts[np.searchsorted(starts, j, side="right") - 1] + 0.0 * p).astype(np.float64)
-    return (j - p if convention.alibi == "signed distance" else -np.abs(j - p)).astype(np.float64)
+    return (j - p if form == "signed distance" else -np.abs(j - p)).astype(np.float64)
 
 
 def sources(call: Call, convention: Convention) -> dict[str, Bools]:

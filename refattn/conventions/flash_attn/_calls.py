@@ -8,7 +8,7 @@ import numpy as np
 
 from refattn.conventions._meaning import Call
 from refattn.conventions._profile import Returned, Written
-from refattn.conventions._words import batched, has, minus_one, packed, pages, sides, some, swapped
+from refattn.conventions._words import batched, has, minus_one, packed, pages, sides, some, swapped, two
 from refattn.conventions._words import paged as gathered
 from refattn.engines import Unsupported
 
@@ -112,7 +112,7 @@ def write_cached(who: str, call: Call, table: str, extra: dict[str, Any], *names
 
 def read(returned: Any, call: Call) -> Returned:
     """Return o and lse, (..., H, T)."""
-    o, lse = (returned[0], returned[1]) if isinstance(returned, tuple) else (returned, None)
+    o, lse = two(returned)
     lead = tuple(np.shape(call.q)[:-1])
     o = o.swapaxes(-3, -2).reshape((*lead, np.shape(call.v)[-1]))
     return Returned(o, None if lse is None else lse.reshape(lead))

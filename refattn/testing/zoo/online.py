@@ -151,7 +151,7 @@ class EmptyRowsDividedByZero(Kernel):
         return a / np.where(empty, 0, l)[..., None]
 
 
-@mutant("empty rows")
+@mutant("padding score")
 class EmptyRowsAverage(Kernel):
     """What is hidden has the least number, so that a row that sees nothing answers the mean of v."""
 
