@@ -20,10 +20,14 @@ Array = NDArray[np.float64]
 
 
 class Gradient(NamedTuple):
-    """A gradient of the definition, and how far a kernel's may be from the real one before it is returned."""
+    """A gradient of the definition, and how far a kernel's may be from the real one before it is returned.
+
+    `reach` is above what an accumulator holds on the way.
+    """
 
     value: Array
     error: Array
+    reach: Array
 
 
 def flat(x: Array, axes: int) -> Array:
@@ -73,8 +77,11 @@ class _Part:
         d = (size + self.ddo) @ (v + dv).T * (1 + gamma(width, state.u.dots)) - size @ v.T + width * f.scores.tiny
         blur = gamma(width) * (size @ v.T) + width * TINY
         d = np.maximum(d, 0.0) + blur
+        over = 2 * (size + self.ddo) @ (v + dv).T > f.scores.largest
         if f.stored_scores is not None:
+            over |= 2 * (np.abs(g) + d) > f.stored_scores.largest
             d = d + f.stored_scores.u * (np.abs(g) + d) + f.stored_scores.tiny
+        d = np.where(over, np.inf, d)
         d = np.where(self.live, d, 0.0)
         own = dlse[:, None] - (self.do * o).sum(axis=1, keepdims=True)
         moved = (size * state.moved).sum(axis=1, keepdims=True) + gamma(width + 1) * (size * np.abs(o)).sum(
@@ -107,11 +114,15 @@ class _Part:
         if a.delta != "weights":
             depth = gamma(width, state.u.sums)
             terms = (np.abs(self.do) * E + self.ddo * reach + depth * size * reach).sum(axis=1, keepdims=True)
+            terms = np.where(
+                2 * (size * reach).sum(axis=1, keepdims=True) > a.formats.accumulate.largest, np.inf, terms
+            )
             bounds.append(terms + width * a.formats.accumulate.tiny)
         if a.delta != "output":
             both = np.minimum(self.e + self.common, 700.0)
             each = self.p * (np.expm1(both) * np.abs(g) + np.exp(both) * d) + lost * (np.abs(g) + d)
             whole = (self.p * np.exp(both) + lost) * (np.abs(g) + d)
+            each = np.where(2 * whole.sum(axis=1, keepdims=True) > a.formats.accumulate.largest, np.inf, each)
             n = state.n * state.u.sums
             depth = np.where(n < 1, n / np.where(n < 1, 1 - n, 1.0), np.inf)
             bounds.append(
@@ -151,7 +162,7 @@ class _Part:
         casts: list[tuple[Format, float]] = [(f.weights, 1.0)] if state.uP else []
         if f.stored_scores is not None:
             casts = [(f.stored_scores, 1.0), (f.stored_scores, sigma)]
-        over = np.zeros(size.shape, np.bool_)
+        over = 2 * size > f.scores.largest
         for f_s, factor in casts:
             tiny = f_s.tiny / factor if factor else 0.0
             over |= factor * size > f_s.largest
@@ -181,14 +192,18 @@ class _Part:
         error = error + mix(size, dk_in, live) + n * f.accumulate.tiny
         value = call.multiplier * to_k
         error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost
-        out["q"] = Gradient(value, np.where(live.any(axis=1, keepdims=True), error, 0.0))
+        reach = 2 * max(1.0, sigma)
+        out["q"] = Gradient(
+            value, np.where(live.any(axis=1, keepdims=True), error, 0.0), reach * mix(size, k + dk_in, live)
+        )
 
         whole = own + np.where(live, wide * (grow * self.E_D * self.ps_error() + tilt * real), 0.0)
         value = call.multiplier * mix(self.dz.T, inputs.q[state.rows], turned)
         cost, lost = self._sums(T, T + 1, 0)
         error = mix(whole.T, q, turned) + cost * mix(size.T, q + dq_in, turned)
         error = error + mix(size.T, dq_in, turned) + T * f.accumulate.tiny
-        out["k"] = Gradient(value, sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost)
+        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost
+        out["k"] = Gradient(value, error, reach * mix(size.T, q + dq_in, turned))
 
         both, rounded = np.minimum(self.e + self.common, 700.0), a.normalise == "before the cast"
         w = self.p * np.expm1(both) * wide
@@ -202,7 +217,8 @@ class _Part:
         error = mix(np.maximum(cast - self.p, 0.0).T, size_o, turned)
         cost, lost = self._sums(T, T, 0)
         error = error + cost * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
-        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny + lost)
+        reach = 2 * mix(cast.T, size_o + self.ddo, turned)
+        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny + lost, reach)
 
         if isinstance(call.bias, Table):
             out["bias"] = self._bias(call.bias, whole, T)
@@ -251,7 +267,7 @@ class _Part:
         axes = tuple(x for x in (0, 1) if table.array.shape[-2 + x] == 1)
         count = (T if 0 in axes else 1) * (self.live.shape[1] if 1 in axes else 1)
         error = whole + gamma(count, self.state.u.sums) * size
-        return Gradient(value.sum(axis=axes, keepdims=True), error.sum(axis=axes, keepdims=True))
+        return Gradient(*(x.sum(axis=axes, keepdims=True) for x in (value, error, 2 * size)))
 
     def _sink(self, T: int) -> Gradient:
         state = self.state
@@ -260,4 +276,5 @@ class _Part:
         tilt = np.expm1(self.common + e + 8 * self.u)
         error = p * (tilt * size + self.E_D) * state.wide + (state.lost + LOST) * (1 + size)
         value = p * self.own
-        return Gradient(value.sum(), (error + gamma(T, state.u.sums) * (np.abs(value) + error)).sum())
+        error = error + gamma(T, state.u.sums) * (np.abs(value) + error)
+        return Gradient(value.sum(), error.sum(), 2 * (np.abs(value) + error).sum())
