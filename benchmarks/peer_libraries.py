@@ -17,7 +17,7 @@ from refattn.engines import Unsupported
 from refattn.testing import PRESETS, Arithmetic
 
 LIBRARIES = ("torch", "jax", "onnx", "transformers", "x_transformers")
-SHAPES = 4
+SHAPES = 6
 """Of how many calls JAX gets the shapes: it compiles each operation anew for every shape."""
 TORCH_EXP = 20.0
 """What PyTorch declares of its fastest vectorised exponential, in units in the last place."""
