@@ -295,7 +295,6 @@ class Meaning:
         do = np.asarray(do, np.float64)
         if dlse is not None:
             dlse = np.asarray(dlse, np.float64) * (LOG2E if self.convention.lse == "bits" else 1.0)
-            dlse = np.where(self.empty, 0.0, dlse)
         forward = [
             None if x is None else x if order is None else _reorder(x, order, a) for x, a in ((do, -3), (dlse, -2))
         ]
