@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -152,6 +153,7 @@ def seeing(call: Call, convention: Convention) -> Iterator[Change]:
         yield from _windows(call, convention)
     if call.mask is not None:
         yield from _masks()
+        yield from _rolled("mask", "mask broadcast", (-1, -2, -3, -4))
     if call.lengths is not None:
         ends: Any = np.asarray(call.lengths)[:, None, None, None]
         for said, x in (
@@ -465,10 +467,12 @@ def logits(call: Call, convention: Convention) -> Iterator[Change]:
         yield from _softcaps(call.softcap, call.sizes[1])
     if call.bias is not None:
         yield from _biases(right)
+        yield from _rolled("bias", "bias", (-1, -2, -3, -4))
     if call.slopes is not None:
         yield from _slopes(call, right)
     if call.sink is not None:
         yield from _sinks(right)
+        yield from _rolled("sink", "sink", (-3,))
 
 
 def _softcaps(cap: float, S: int) -> Iterator[Change]:
@@ -510,6 +514,24 @@ def _biases(right: float) -> Iterator[Change]:
         yield Change("bias", said, given(pick, lambda w, f: replace(w, bias=f(w.bias))))
 
 
+def _rolled(name: str, kind: str, axes: tuple[int, ...]) -> Iterator[Change]:
+    """Yield what reads each part of an array where its neighbour belongs."""
+    along = {-1: "key", -2: "row", -3: "head", -4: "batch"}
+    for axis in axes:
+        for off, word in ((1, "before"), (-1, "after")):
+            said = f"reads the {name} of the {along[axis]} {word} each one's own"
+            yield Change(kind, said, given(axis, off, partial(_roll, name)))
+
+
+def _roll(name: str, w: Written, axis: int, off: int) -> Written | None:
+    if name == "sink":
+        return None if w.sink is None else replace(w, sink=np.roll(w.sink, off, axis + 2))
+    x = w.bias if name == "bias" else w.sight.get("mask")
+    if x is None or x.ndim < -axis or x.shape[axis] == 1:
+        return None
+    return replace(w, bias=np.roll(x, off, axis)) if name == "bias" else w.hiding(mask=np.roll(x, off, axis))
+
+
 def _slopes(call: Call, right: float) -> Iterator[Change]:
     slopes = np.asarray(call.slopes, np.float64)
     heads = slopes.shape[-1]
@@ -547,11 +569,27 @@ def _sinks(right: float) -> Iterator[Change]:
     yield Change(
         "sink", "has every head's first sink", lambda w: _sink(w, lambda s: np.broadcast_to(s[..., :1], s.shape))
     )
+    for said, value in (
+        ("gives the sink the first key's value", lambda v: v[..., :1, :]),
+        ("gives the sink the last key's value", lambda v: v[..., -1:, :]),
+        ("gives the sink the mean of v", lambda v: v.mean(-2, keepdims=True)),
+        ("gives the sink the value 1", lambda v: np.ones_like(v[..., :1, :])),
+    ):
+        yield Change("sink", said, given(value, _valued))
     yield Change("sink", "gives the sink a part in the maximum and not in the row sum", _sink_in_maximum)
 
 
 def _sink(w: Written, change: Callable[[Floats], Floats]) -> Written | None:
     return None if w.sink is None else replace(w, sink=change(w.sink))
+
+
+def _valued(w: Written, value: Callable[[Floats], Floats]) -> Outcome | None:
+    """Return what is answered where the sink has a value."""
+    if w.sink is None or not w.v.shape[-2]:
+        return None
+    right = w.outcome()
+    p = np.exp(w.sink[..., None] - w.normaliser)
+    return replace(right, o=right.o + p[..., None] * value(w.v))
 
 
 def _sink_in_maximum(w: Written) -> Outcome | None:

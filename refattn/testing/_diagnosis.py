@@ -16,6 +16,7 @@ from refattn.rounding import TINY
 from refattn.testing import _changes, _gradient_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
+from refattn.testing._fits import Fits
 from refattn.testing._gradient_changes import Pass
 from refattn.testing._tolerance import tolerance
 from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, write
@@ -194,12 +195,13 @@ def _backward(
     seen: dict[str, bool] = {}
     count = 0
     with np.errstate(all="ignore"):
-        for change in _gradient_changes.changes(right):
+        every = (*_gradient_changes.changes(right), *_gradient_changes.fitted(right, actual))
+        for change in every:
             count += 1
             changed = change.make(right)
             other = changed.gradients()
             seen[change.kind] = seen.get(change.kind, False) or far(right, {s: other[s] for s in actual}) > 2
-            if (r := far(changed, actual)) <= 1:
+            if (r := far(changed, actual)) <= 1 and (change.rank == 1 or not found):
                 found.append(Explanation((change.kind,), change.said, r, ratio / max(r, 2.0**-20)))
     found.sort(key=lambda one: one.ratio)
     return Diagnosis(ratio, tuple(found), tuple(kind for kind, shown in seen.items() if not shown), count)
@@ -355,7 +357,7 @@ def _singles(call: Call, convention: Convention, w: Written, seen: _Answer, know
     yield from _online_changes.sums(call)
     yield from _online_changes.splits(call)
     yield from _online_changes.precision(known)
-    yield from _online_changes.fitted(w, seen.o, seen.lse)
+    yield from Fits(call, convention, w, seen.o, seen.lse).all()
 
 
 def _libraries(call: Call, convention: Convention) -> Iterator[Change]:
