@@ -20,8 +20,11 @@ def numbers(*shape, seed=0):
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def call(T=9, S=40, heads=2, few=2, D=8, E=6, **options):
-    return Call(q=numbers(heads, T, D), k=numbers(few, S, D, seed=1), v=numbers(few, S, E, seed=2), **options)
+def call(B=None, T=9, S=40, heads=2, few=2, D=8, E=6, **options):
+    lead = () if B is None else (B,)
+    shapes = (*lead, heads, T, D), (*lead, few, S, D), (*lead, few, S, E)
+    q, k, v = (numbers(*shape, seed=n) for n, shape in enumerate(shapes))
+    return Call(q=q, k=k, v=v, **options)
 
 
 def of_mutant(name, call, arithmetic="fp32"):
@@ -54,6 +57,11 @@ SAID = {
     "lse in bits": (call(), "gives lse in log2"),
     "lse of empty positive": (call(T=40, S=9, causal=True), "gives a row that sees nothing the lse +∞"),
     "divisor has an epsilon": (call(), "divides by the row sum and 0.001"),
+    "window twice": (call(T=30, window=(3, 2)), "has 6 for the window's left number"),
+    "lengths of the other batch": (call(B=2, lengths=np.array([33, 20])), "has the lengths [20, 33]"),
+    "key heads reversed": (call(heads=6, few=3), "read the keys and values of the heads [2, 2, 1, 1, 0, 0]"),
+    "rescaled twice": (call(), "merges keys in tiles of 32 and rescales twice the output"),
+    "lse has the scale again": (call(), "gives lse as 0.35355 times the maximum, 1 times the logarithm"),
 }
 
 
@@ -73,7 +81,7 @@ def test_weights_that_are_rounded_before_the_row_sum_are_named():
 
 def test_a_coarser_arithmetic_is_named_where_nothing_else_fits():
     found = of_mutant("scores in bfloat16", rounded(call(S=90)), "fa2-bf16")
-    assert any("has logits in bfloat16" in one.said for one in found.explanations), str(found)
+    assert {kind for one in found.explanations for kind in one.kinds} == {"precision"}, str(found)
 
 
 def test_a_factor_is_fitted():
@@ -126,12 +134,11 @@ def test_a_right_answer_needs_no_explanation():
 
 
 def test_numbers_that_are_not_finite_are_told():
-    made = call(lengths=np.array([33]))
-    made = replace(made, q=made.q[None], k=made.k[None], v=made.v[None].copy())
+    made = call(B=1, lengths=np.array([33]))
     made.v[..., 33:, :] = np.nan
     found = of_mutant("zero times nan", made)
     assert np.isinf(found.ratio)
-    assert "that nobody sees" in str(found)
+    assert any("that nobody sees" in one.said for one in found.explanations)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,8 @@ def test_numbers_that_are_not_finite_are_told():
         ("lse gradient ignored", call(), "ignores the gradient that comes in through lse"),
         ("backward causal ignored", call(causal=True), "it ignores causal"),
         ("group not summed", call(heads=4), "keeps the last query head's share"),
+        ("group averaged", call(heads=4), "multiplies gradients: q's by 1, k's by 0.5, v's by 0.5"),
+        ("delta of the first columns", call(E=12), "has another number than do·o in each row"),
     ],
 )
 def test_a_wrong_gradient_is_named(name, made, words):

@@ -526,7 +526,7 @@ def _rolled(name: str, kind: str, axes: tuple[int, ...]) -> Iterator[Change]:
 def _roll(name: str, w: Written, axis: int, off: int) -> Written | None:
     if name == "sink":
         return None if w.sink is None else replace(w, sink=np.roll(w.sink, off, axis + 2))
-    x = w.bias if name == "bias" else w.sight.get("mask")
+    x: Any = w.bias if name == "bias" else w.sight.get("mask")
     if x is None or x.ndim < -axis or x.shape[axis] == 1:
         return None
     return replace(w, bias=np.roll(x, off, axis)) if name == "bias" else w.hiding(mask=np.roll(x, off, axis))
@@ -569,12 +569,13 @@ def _sinks(right: float) -> Iterator[Change]:
     yield Change(
         "sink", "has every head's first sink", lambda w: _sink(w, lambda s: np.broadcast_to(s[..., :1], s.shape))
     )
-    for said, value in (
+    values: tuple[tuple[str, Callable[[Floats], Floats]], ...] = (
         ("gives the sink the first key's value", lambda v: v[..., :1, :]),
         ("gives the sink the last key's value", lambda v: v[..., -1:, :]),
         ("gives the sink the mean of v", lambda v: v.mean(-2, keepdims=True)),
         ("gives the sink the value 1", lambda v: np.ones_like(v[..., :1, :])),
-    ):
+    )
+    for said, value in values:
         yield Change("sink", said, given(value, _valued))
     yield Change("sink", "gives the sink a part in the maximum and not in the row sum", _sink_in_maximum)
 

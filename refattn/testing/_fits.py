@@ -84,12 +84,14 @@ class Fits:
             said = f"counts {extra:.4g} too much beside the row sum in lse"
             yield Change("lse", said, given(extra, _longer), 2)
         if w.sink is not None:
-            each = np.nanmedian(np.where(np.isfinite(sink), sink, np.nan), -1)
+            each = np.median(np.where(np.isfinite(sink), sink, 0.0), -1)
             yield Change("sink", f"has other sinks: {np.round(each.ravel()[:8], 3)}", given(each, _with_sinks), 2)
-        top, rest = based(w, end_of(w)), based(w, w.normaliser - end_of(w))
+        with np.errstate(invalid="ignore"):
+            top, rest = based(w, end_of(w)), based(w, w.normaliser - end_of(w))
         sure = np.isfinite(lse) & np.isfinite(top) & np.isfinite(rest)
         if sure.sum() > 3:
-            a, b, c = np.linalg.lstsq(np.c_[top[sure], rest[sure], np.ones(sure.sum())], lse[sure])[0]
+            made: Floats = np.linalg.lstsq(np.stack([top[sure], rest[sure], 1 + 0 * top[sure]], -1), lse[sure])[0]
+            a, b, c = made.tolist()
             said = f"gives lse as {a:.5g} times the maximum, {b:.5g} times the logarithm of the row sum, and {c:.5g}"
             line = np.where(np.isfinite(right.lse), a * top + b * rest + c, right.lse)
             yield Change("lse", said, given(line, lambda w, x: replace(w.outcome(), lse=x)), 2)
