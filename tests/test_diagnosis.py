@@ -10,6 +10,7 @@ from refattn.conventions import Call, Convention, neighbours
 from refattn.testing import FORMATS, assert_within
 from refattn.testing._diagnosis import Diagnosis, diagnose, shared
 from refattn.testing._gradient_changes import backward
+from refattn.testing._isolation import isolated
 from refattn.testing._written import write
 from refattn.testing.zoo import MUTANTS, Kernel
 
@@ -227,6 +228,14 @@ def test_classes_are_shared_by_vote():
     found = [of_mutant("causal from top left", made), of_mutant("causal from top left", call(T=5, causal=True))]
     assert shared(found)[0] == "causal alignment"
     assert shared([Diagnosis(2.0, (), (), 0)]) == ()
+
+
+def test_what_wrong_answers_have_in_common_is_named():
+    plain, capped, windowed = call(), call(softcap=1.0), call(softcap=1.0, causal=True, window=(2, 0))
+    assert isolated([capped, windowed], [plain]) == ("softcap", "a softcap is given")
+    assert isolated([windowed], [plain, capped]) == ("window shape", "a window is given")
+    assert isolated([plain, capped], [windowed]) is None
+    assert isolated([], [plain]) is None
 
 
 def test_an_answer_of_another_shape_is_refused():

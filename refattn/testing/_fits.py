@@ -90,7 +90,7 @@ class Fits:
             top, rest = based(w, end_of(w)), based(w, w.normaliser - end_of(w))
         sure = np.isfinite(lse) & np.isfinite(top) & np.isfinite(rest)
         if sure.sum() > 3:
-            made: Floats = np.linalg.lstsq(np.stack([top[sure], rest[sure], 1 + 0 * top[sure]], -1), lse[sure])[0]
+            made = np.linalg.lstsq(np.stack([top[sure], rest[sure], 1 + 0 * top[sure]], -1), lse[sure])[0]
             a, b, c = made.tolist()
             said = f"gives lse as {a:.5g} times the maximum, {b:.5g} times the logarithm of the row sum, and {c:.5g}"
             line = np.where(np.isfinite(right.lse), a * top + b * rest + c, right.lse)
