@@ -1,4 +1,4 @@
-"""The command line: ``refattn study [FILE …]`` and ``refattn show METHOD``."""
+"""The command line: ``refattn study [FILE …]``, ``refattn show METHOD`` and ``refattn check MODULE:FUNCTION``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from refattn import _check_command
 from refattn import _study_command as command
 from refattn._need import need
 from refattn.study._report import FILES, NUMBERS
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and exit: 0, 1 where a proved bound was violated, 2 where an argument is at fault.
+
+    `check` also exits with 3, where nothing is proved wrong but something is suspect.
 
     >>> main(["study", "nowhere.npz"])
     Traceback (most recent call last):
@@ -177,6 +180,34 @@ def _command() -> click.Group:
             if every and options:
                 raise click.UsageError("--set is about one method; leave it out with --all")
             _show(pictures, seed=seed, options=options)
+
+    @group.command()
+    @click.argument("function", metavar="MODULE:FUNCTION")
+    @click.option("--profile", default="torch", show_default=True, help="Whose words the function takes.")
+    @click.option("--arithmetic", metavar="PRESET", help="What it computes in, such as fa2-bf16; fp32 unless given.")
+    @click.option("--framework", help="Whose arrays it takes; the profile's unless given.")
+    @click.option("--device", help="Where its arrays are, such as cuda.")
+    @click.option("--vjp", metavar="MODULE:FUNCTION", help="Its gradients: vjp(do, *args, **kwargs).")
+    @click.option("--unsupported", metavar="A,B", multiple=True, help="Capabilities that it does not claim.")
+    @click.option("--only", metavar="A,B", multiple=True, help="Only these capabilities or configurations.")
+    @click.option("--thorough", is_flag=True, help="Also what takes minutes.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
+    @click.option("--timeout", type=float, default=20.0, show_default=True, help="Seconds for each call.")
+    @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="A page, report.html.")
+    @click.pass_obj
+    def check(  # pyright: ignore[reportUnusedFunction]
+        arguments: list[str], function: str, unsupported: tuple[str, ...], only: tuple[str, ...], **options: Any
+    ) -> int:
+        """Ask a function of attention everything, and judge each answer by a proved bound.
+
+        Exits with 0 where nothing is wrong, 1 where something is, with its diagnosis last, 3 where something is
+        suspect only, and 2 where the call is at fault.
+        """
+        _need("rich", *(["jinja2"] if options["out"] else []))
+        named = {"unsupported": unsupported, "only": only}
+        return _check_command.run(
+            function, arguments, **{name: _check_command.names_of(texts) for name, texts in named.items()}, **options
+        )
 
     return group
 

@@ -36,8 +36,8 @@ class Convention:
     rows
         Where rows stand on the key axis for causal masks, and for what else is counted from a row's position: the last
         row at the last key, or row 0 at key 0.
-    window_rows
-        The same for windows.
+    window_rows, alibi_rows
+        The same for windows and for ALiBi's distances.
     window
         What the left number of a window counts: keys to the left of the row's own, or keys with it.
     mask
@@ -47,7 +47,8 @@ class Convention:
     order
         What comes first after the scale. ALiBi counts as a bias.
     alibi
-        What a slope multiplies: j − p, −|j − p|, or j.
+        What a slope multiplies: j − p, −|j − p|, or j; or j where a row sees nothing after its position and has no
+        limit on the left, and −|j − p| otherwise.
     groups
         Which key head query head h reads, of G query heads for each of Hk key heads: ⌊h / G⌋ or h mod Hk.
     empty, empty_lse
@@ -65,11 +66,12 @@ class Convention:
 
     rows: Literal["bottom-right", "top-left"] = "bottom-right"
     window_rows: Literal["bottom-right", "top-left"] = "bottom-right"
+    alibi_rows: Literal["bottom-right", "top-left"] = "bottom-right"
     window: Literal["keys to the left", "keys with its own"] = "keys to the left"
     mask: Literal["keep", "drop"] = "keep"
     bias: Literal["after the scale", "before the scale"] = "after the scale"
     order: Literal["softcap, bias", "bias, softcap"] = "softcap, bias"
-    alibi: Literal["signed distance", "absolute distance", "key position"] = "signed distance"
+    alibi: Literal["signed distance", "absolute distance", "key position", "key position if causal"] = "signed distance"
     groups: Literal["interleaved", "tiled"] = "interleaved"
     empty: Literal["zero", "NaN", "mean of v", "any"] = "zero"
     empty_lse: Literal["-inf", "+inf", "0", "any"] = "-inf"
@@ -92,7 +94,7 @@ def neighbours(convention: Convention) -> Iterator[tuple[str, str, Convention]]:
     """Yield (axis, value, convention) for every convention that differs on one axis.
 
     >>> len(list(neighbours(Convention())))
-    15
+    17
     """
     for axis, values in AXES().items():
         for value in values:
@@ -351,13 +353,23 @@ class Meaning:
             whole = whole & part
         return whole
 
+    def _form(self) -> str:
+        """Return which form ALiBi takes here."""
+        call, form = self.call, self.convention.alibi
+        if form != "key position if causal":
+            return form
+        left, right = call.window or (None, None)
+        ahead = not call.causal and right != 0
+        most = call.sizes[1] if call.starts is None else int(np.diff(call.starts[1]).max(initial=0))
+        return "absolute distance" if ahead or (left is not None and left < most) else "key position"
+
     def _bias(self) -> Any:
         call, how = self.call, self.convention
         if call.slopes is not None:
             slopes = np.asarray(call.slopes, np.float64)
             slopes = slopes if self._order is None else _reorder(slopes, self._order, -1)
             starts = np.zeros(1, np.int64) if call.starts is None else np.asarray(call.starts[1], np.int64)
-            return Slopes(slopes, None, how.alibi, call.positions(how.rows), starts)
+            return Slopes(slopes, None, self._form(), call.positions(how.alibi_rows), starts)
         if call.bias is None or how.bias == "after the scale":
             return call.bias
         return np.asarray(call.bias, np.float64) * _check.scale(call.scale, np.shape(call.q)[-1])

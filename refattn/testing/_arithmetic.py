@@ -90,6 +90,11 @@ class Arithmetic:
     delta
         Whether gradients subtract do·o, of the output as it was returned, or Σp·(do·v); None is either.
 
+    Notes
+    -----
+    What was accumulated is rescaled by the exponential of the difference of two maxima, or of two products of a maximum
+    with log₂e as the weights use them. A factor exp2(fma(m, log₂e, −m' · log₂e)) is not covered: its errors add up.
+
     Examples
     --------
     >>> import dataclasses

@@ -26,6 +26,12 @@ class Gradient(NamedTuple):
     error: Array
 
 
+def flat(x: Array, axes: int) -> Array:
+    """Return a view in which an array's leading axes are one."""
+    cut = x.ndim - axes
+    return x.reshape(math.prod(x.shape[:cut]), *x.shape[cut:])
+
+
 def gradients(
     one: One, arithmetic: Arithmetic, do: Array, dlse: Array, definition: Bounded, lse: Bounded
 ) -> dict[str, Gradient]:
@@ -85,8 +91,8 @@ class _Part:
         lost = np.where(self.live, state.zeta[:, : len(v)] if stored else 0.0, 0.0)
         e = np.where(self.live, e - math.log1p(-cast), 0.0)
         self.e, self.common, self.grow = e, common, np.exp(common)
-        E_D = self._delta(o, E, g, d, lost) + moved
-        E_D = E_D + self.u * (np.abs(own) + E_D)
+        delta = self._delta(o, E, g, d, lost) + moved
+        E_D = delta + self.u * (np.abs(own) + delta + np.abs(dlse[:, None]))
         X = np.where(self.live, g + own, 0.0)
         far = np.where(self.live, np.abs(X) + blur + moved, 0.0)
         self._ds(X, far, d, E_D, lost)
@@ -128,16 +134,16 @@ class _Part:
         )
         f = a.formats
         self.ds = p * X
-        I = grow * (p * (np.expm1(e) * far + np.exp(e) * (d * (1 + 3 * u) + 3 * u * (far + E_D))))  # noqa: E741
-        I = I + (lost + state.lost / np.maximum(state.n, 1) + LOST) * (far + d + E_D)  # noqa: E741
-        size = p * far + I + grow * np.exp(e) * p * E_D
-        I = I + grow * p * np.expm1(e) * E_D  # noqa: E741
-        self.own_s, self.size_s = (np.where(live, x, 0.0) for x in (I, size))
+        proper = grow * (p * (np.expm1(e) * far + np.exp(e) * (d * (1 + 3 * u) + 3 * u * (far + E_D))))
+        proper = proper + (lost + state.lost / np.maximum(state.n, 1) + LOST) * (far + d + E_D)
+        size = p * far + proper + grow * np.exp(e) * p * E_D
+        proper = proper + grow * p * np.expm1(e) * E_D
+        self.own_s, self.size_s = (np.where(live, x, 0.0) for x in (proper, size))
         self.ps, self.far, self.dz = p, far, self.ds
         own, size = self.own_s, self.size_s
         if state.slope is not None:
-            slope, error = state.slope, state.slope_error
-            self.dz, self.ps, self.far = self.ds * slope, p * slope, far * 1.0
+            slope, error = state.slope
+            self.dz, self.ps = self.ds * slope, p * slope
             own = slope * own + (error + u * (slope + error)) * size
             size = (slope + error) * (1 + u) * size
         # dS is rounded as P is, and where steps are stored, once before and once after it is scaled
@@ -189,7 +195,7 @@ class _Part:
             cast = (w + self.p) * (1 + state.uP) + np.minimum(f.weights.tiny, w + self.p)
         elif rounded:
             cast = cast + state.zeta[:, :n]
-        cast = np.where(live, cast + LOST, 0.0)
+        cast = np.where(live, cast + 2 * f.scores.tiny + LOST, 0.0)
         size_o = np.abs(self.do)
         error = mix(np.maximum(cast - self.p, 0.0).T, size_o, turned)
         error = error + gamma(T, sums) * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
@@ -203,8 +209,7 @@ class _Part:
 
     def ps_error(self) -> Array:
         """Bound p times the softcap's slope as it is computed."""
-        slope_error = 0.0 if self.state.slope is None else self.p * self.state.slope_error
-        return self.ps + slope_error
+        return self.ps if self.state.slope is None else self.ps + self.p * self.state.slope[1]
 
     def _factors(self) -> tuple[Array, Array, Array, Array]:
         """Return sizes of q and k and the errors of what is multiplied with dZ; they may carry the scale already."""

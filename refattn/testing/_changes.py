@@ -73,6 +73,13 @@ AXES: dict[str, tuple[str, dict[str, str]]] = {
             "top-left": "aligns the window to the top-left",
         },
     ),
+    "alibi_rows": (
+        "ALiBi",
+        {
+            "bottom-right": "counts ALiBi's distances from the bottom-right",
+            "top-left": "counts ALiBi's distances from the top-left",
+        },
+    ),
     "window": (
         "window size",
         {
@@ -104,6 +111,7 @@ AXES: dict[str, tuple[str, dict[str, str]]] = {
             "signed distance": "multiplies ALiBi's slope with the signed distance",
             "absolute distance": "multiplies ALiBi's slope with the absolute distance",
             "key position": "multiplies ALiBi's slope with the key's position",
+            "key position if causal": "multiplies ALiBi's slope with the key's position where it is causal",
         },
     ),
     "groups": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -10,6 +11,7 @@ import numpy as np
 
 from refattn.conventions import Call
 from refattn.testing import strategies
+from refattn.testing._calling import Told
 from refattn.testing._places import cast
 from refattn.testing._report import Result
 from refattn.testing._verdicts import INNOCENT, KINDS, Verdict
@@ -35,7 +37,7 @@ def draw(run: Run) -> Result:
 
     more = THOROUGH if run.thorough else 1
     most, seconds, began = MOST * more, SECONDS * more, time.monotonic()
-    fault: tuple[float, Call, Verdict] | None = None
+    fault: tuple[float, Call, Verdict, Told | None] | None = None
     worst, tried = Verdict("right"), 0
 
     @hypothesis.seed(run.seed)
@@ -46,7 +48,7 @@ def draw(run: Run) -> Result:
         print_blob=False,
         report_multiple_bugs=False,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=tuple(hypothesis.HealthCheck),
     )
     @hypothesis.given(strategies.problems(run.profile, without=run.unsupported))
     def trial(call: Call) -> None:
@@ -54,7 +56,7 @@ def draw(run: Run) -> Result:
         if time.monotonic() - began > (seconds if fault is None else 2 * seconds):
             raise _Enough
         call = cast(call, run.dtype)
-        verdict, _ = run.answer(call, diagnose=False)
+        verdict, told = run.answer(call)
         tried += 1
         if verdict.kind in INNOCENT:
             if KINDS.index(verdict.kind) > KINDS.index(worst.kind) or verdict.ratio > worst.ratio:
@@ -62,7 +64,7 @@ def draw(run: Run) -> Result:
             return
         size = float(sum(np.size(x) for x in (call.q, call.k, call.v)))
         if fault is None or size <= fault[0]:
-            fault = size, call, verdict
+            fault = size, call, verdict, told
         if verdict.kind in ("hung", "crashed"):
             raise _Enough  # each costs a deadline or a start: not shrunk
         raise _Guilty(verdict.kind)
@@ -71,11 +73,10 @@ def draw(run: Run) -> Result:
         trial()
     except (_Guilty, _Enough):
         pass
-    verdict, call = worst, None
+    verdict, call, answer = worst, None, None
     if fault is not None:
-        _, call, verdict = fault
-        again, _ = run.answer(call)  # with its diagnosis
-        verdict = again if again.kind == verdict.kind else verdict
+        _, call, verdict, told = fault
+        answer = run.kept(verdict, call, told)
     spent = f"{tried} problems were drawn in {time.monotonic() - began:.0f} s"
-    verdict = Verdict(verdict.kind, verdict.parts, verdict.said, verdict.diagnosis, (*verdict.notes, spent))
-    return Result(DRAWN, DRAWN, "forward", verdict, call, run.seed)
+    verdict = replace(verdict, notes=(*verdict.notes, spent))
+    return Result(DRAWN, DRAWN, "forward", verdict, call, run.seed, answer)

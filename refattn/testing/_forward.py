@@ -25,7 +25,7 @@ from refattn.testing._formats import Format
 Array = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-COARSE = 0.05
+COARSE = 0.2
 """Above this logarithmic error of a weight the first-order form of F1 is left."""
 DEFINITION = Arithmetic(
     inputs="float64",
@@ -64,10 +64,11 @@ def cast_error(x: Array, f: Format | None, descale: bool = False) -> Array:
         return np.zeros_like(x)
     size = np.abs(x)
     if not descale:
-        return np.where(size > f.largest, np.inf, f.u * size + f.tiny)
+        held = f.round(size) == size
+        return np.where(held, 0.0, np.where(size > f.largest, np.inf, f.u * size + f.tiny))
     rest = np.where(np.isfinite(size), size, 0.0)  # what nobody sees
     factor = rest.max(initial=0.0) / f.largest
-    u = (1 + f.u) * (1 + 4 * 2.0**-24) - 1
+    u = (1 + f.u) * (1 + 6 * 2.0**-24) - 1  # the factor and its products are float32
     return np.where(np.isfinite(size), u * size + 2 * factor * f.tiny, np.inf)
 
 
@@ -77,7 +78,7 @@ def received(x: Array, arithmetic: Arithmetic) -> Array:
     with np.errstate(invalid="ignore", over="ignore"):
         given = f.inputs.round(x)
         moved = np.where(given == x, 0.0, np.abs(given - x))
-        error = moved + cast_error(np.abs(x) + moved, f.operands, arithmetic.descale)
+        error = moved + cast_error(given, f.operands, arithmetic.descale)
     return np.where(np.isnan(error), np.inf, error)
 
 
@@ -96,13 +97,18 @@ class Inputs:
 
 
 class Logits(NamedTuple):
-    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way."""
+    """Logits of some rows in float64, a bound on a kernel's error of each, and the largest number on the way.
+
+    `slope` is the softcap's, with a bound on its error. The errors of a row's logits may have a part in common, at most
+    `shift`: `e` is what is left, which is less by `spared`.
+    """
 
     z: Array
     e: Array
     top: Array
-    slope: Array | None
-    slope_error: Array | None
+    slope: tuple[Array, Array] | None
+    shift: Array
+    spared: Array
 
 
 def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Array, Array]:
@@ -110,7 +116,8 @@ def scaled(x: Array, dx: Array, factor: float, f: Format, u: float) -> tuple[Arr
     if factor == 1:
         return np.abs(x), dx
     size, dx = factor * np.abs(x), factor * dx
-    return size, dx + ((1 + 3 * u) * (1 + f.u) - 1) * (size + dx) + f.tiny
+    error = dx + ((1 + 3 * u) * (1 + f.u) - 1) * (size + dx) + f.tiny
+    return size, np.where(size + error > f.largest, np.inf, error)
 
 
 def logits(
@@ -132,7 +139,8 @@ def logits(
         steps.top = np.maximum(size * (1 + gamma(D, u.dots)), (q + dq).max(axis=1, initial=0.0)[:, None])
         steps.store()
         if arithmetic.scale == "scores":
-            steps.times(dots, after)
+            # 1/√D or the float that is given is off by 2u, which moves differences of logits: unless something follows
+            steps.times(dots, after, 2 if bias is not None or call.softcap is not None else 0)
         if bias is not None and call.order == "bias, softcap":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
         if call.softcap is not None:
@@ -140,7 +148,28 @@ def logits(
         if bias is not None and call.order == "softcap, bias":
             steps.plus(bias, _bias_error(call, bias, arithmetic))
     z, e, top = (np.where(seen, x, rest) for x, rest in ((steps.z, -np.inf), (steps.e, 0.0), (steps.top, 0.0)))
-    return Logits(z, e, top, steps.slope, steps.slope_error)
+    if steps.slope is not None:
+        steps.slope = np.where(seen, steps.slope[0], 0.0), np.where(seen, steps.slope[1], 0.0)
+    shift, spared = np.zeros((len(rows), 1)), np.zeros(seen.shape)
+    if call.softcap is None and (one.sink is None or np.isneginf(one.sink)) and dq.any():
+        shift, spared = _common(inputs.k * right, dq, seen)
+        shift, spared = after * shift, after * spared
+    return Logits(z, e - spared, top, steps.slope, shift, spared)
+
+
+def _common(k: Array, dq: Array, seen: Bools) -> tuple[Array, Array]:
+    """Split what an error of q does to logits: the part in common, through the keys' mean, and what each is spared.
+
+    Softmax ignores the former (P8). Rows that gain nothing are not split.
+    """
+    mean = mix(seen.astype(np.float64), k, seen) / np.maximum(seen.sum(axis=1, keepdims=True), 1)
+    spared = np.zeros(seen.shape)
+    for c in range(k.shape[1]):
+        spared += dq[:, c, None] * (np.abs(k[:, c]) * (1 - 8 * k.shape[1] * U) - np.abs(k[:, c] - mean[:, c, None]))
+    spared = np.where(seen, spared, 0.0)
+    gains = np.isfinite(spared).all(axis=1, keepdims=True) & (spared.sum(axis=1, keepdims=True) > 0)
+    shift = (dq * np.abs(mean)).sum(axis=1, keepdims=True)
+    return np.where(gains, shift, 0.0), np.where(gains, spared, 0.0)
 
 
 class _Steps:
@@ -150,8 +179,7 @@ class _Steps:
         self.z, self.e, self.top = z, e, np.abs(z)
         self.f, self.u = arithmetic.formats.scores, arithmetic.formats.scores.u
         self.stored, self.tanh = arithmetic.formats.stored_scores, 2 * arithmetic.tanh_ulp * self.u
-        self.slope: Array | None = None
-        self.slope_error: Array | None = None
+        self.slope: tuple[Array, Array] | None = None
 
     def rounding(self, u: float, tiny: float) -> None:
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
@@ -163,9 +191,9 @@ class _Steps:
             self.rounding(self.stored.u, self.stored.tiny)
             self.e = np.where(over, np.inf, self.e)
 
-    def times(self, z: Array, factor: float) -> None:
+    def times(self, z: Array, factor: float, more: int) -> None:
         self.z, self.e = z, factor * self.e
-        self.rounding(self.u, self.f.tiny)
+        self.rounding((1 + more) * (1 + self.u) * self.u, self.f.tiny)
         self.store()
 
     def plus(self, bias: Array, error: Array) -> None:
@@ -176,16 +204,16 @@ class _Steps:
     def cap(self, c: float) -> None:
         stored = 0.0 if self.stored is None else self.stored.u
         tiny = 0.0 if self.stored is None else self.stored.tiny
-        inner = 3 * self.u + stored
+        inner = 2 * self.u + stored
         self.top = np.maximum(self.top, np.abs(self.z) + self.e)
         self.e = self.e + inner * (1 + inner) * (np.abs(self.z) + self.e) + c * (2 * self.f.tiny + tiny)
         t = np.tanh(self.z / c)
         fall = np.exp(-2 * np.abs(self.z / c))
-        self.slope = 4 * fall / (1 + fall) ** 2
+        slope = 4 * fall / (1 + fall) ** 2
         # 1 − tanh²: with the logit it moves by a factor, with tanh's own error and its roundings absolutely
-        moved = self.slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
+        moved = slope * np.expm1(np.minimum(2 * self.e / c, 700.0)) * (1 + 2.0**-40)
         own = 2 * self.tanh + 4 * (self.u + stored) + 2 * (self.f.tiny + tiny)
-        self.slope_error = np.minimum(moved, 1.0) + own * (1 + own)
+        self.slope = slope, np.minimum(moved, 1.0) + own * (1 + own)
         self.z = c * t
         turn = self.tanh + self.u + stored
         self.e = self.e + turn * (1 + turn) * (np.abs(self.z) + self.e) + (1 + c) * (self.f.tiny + tiny)
@@ -210,22 +238,25 @@ class Rows:
     def __init__(self, one: One, inputs: Inputs, rows: NDArray[np.intp], arithmetic: Arithmetic, moved: Array) -> None:
         self.arithmetic, self.inputs, self.moved, f = arithmetic, inputs, moved, arithmetic.formats
         self.u, keys = sizes(arithmetic), np.arange(len(inputs.k))
-        bias = one.bias(rows, keys)
-        live = np.ones((len(rows), len(keys)), np.bool_) if one.pairs is None else one.pairs.seen(rows, keys)
+        bias: Array | None = one.bias(rows, keys)
+        live: Bools = np.ones((len(rows), len(keys)), np.bool_)
+        if one.pairs is not None:
+            live = one.pairs.seen(rows, keys)
         if bias is not None:
-            live = live & ~np.isneginf(bias)
+            unseen: Bools = np.isneginf(bias)
+            live = live & ~unseen
         own = logits(one, inputs, rows, live, bias, arithmetic)
         definition = logits(one, inputs.exact(), rows, live, bias, DEFINITION)
-        self.rows, self.slope, self.slope_error = rows, own.slope, own.slope_error
-        if own.slope is not None and own.slope_error is not None:
-            self.slope, self.slope_error = (np.where(live, x, 0.0) for x in (own.slope, own.slope_error))
+        self.rows, self.slope = rows, own.slope
         self.top = own.top.max(axis=1, initial=0.0)[:, None]
         z, e, e64 = own.z, own.e, definition.e
         if one.sink is not None:  # one more key, of value 0
             sink = float(one.sink)
-            blur = abs(sink - float(f.scores.round(np.array(sink)))) + f.scores.u * abs(sink)
-            z, e, e64 = (np.c_[x, np.full(len(x), own)] for x, own in ((z, sink), (e, blur), (e64, U * abs(sink))))
-            live = np.c_[live, np.full(len(live), not np.isneginf(sink))]
+            size = 0.0 if np.isneginf(sink) else abs(sink)
+            blur = abs(size - float(f.scores.round(np.array(size)))) + f.scores.u * size
+            more = ((z, sink), (e, blur), (e64, U * size))
+            z, e, e64 = (np.concatenate([x, np.full((len(rows), 1), cell)], axis=1) for x, cell in more)
+            live = np.concatenate([live, np.full((len(rows), 1), not np.isneginf(sink))], axis=1)
         self.live: Bools = live
         self.n: Array = live.sum(axis=1, keepdims=True).astype(np.float64)
         self.empty: Bools = self.n == 0
@@ -235,7 +266,8 @@ class Rows:
         self.doubt: Array = e64.max(axis=1, keepdims=True, initial=0.0)
         self.wide: Array = EVALUATION * np.exp(4 * self.doubt)
         self.em: Array = e.max(axis=1, keepdims=True, initial=0.0)
-        self.rises: Array = _rises(z, e, live, arithmetic)
+        self.shift, self.spared = own.shift, own.spared
+        self.rises: Array = _rises(z, e, live, arithmetic, z.shape[1] - len(keys))
         self.e: Array = np.where(live, self._exponents(z, e, away), 0.0)
         w = np.where(live, np.exp(z - self.m), 0.0)
         self.total: Array = np.where(self.empty, 1.0, w.sum(axis=1, keepdims=True))
@@ -247,7 +279,7 @@ class Rows:
     def _exponents(self, z: Array, e: Array, away: Array) -> Array:
         """Return e_j: the logit's error, the exponent's roundings, exp, and the rises of the maximum after it."""
         a, u, em = self.arithmetic, self.u, self.em
-        largest = np.where(self.live, np.abs(z), 0.0).max(axis=1, keepdims=True, initial=0.0) + em
+        largest = np.where(self.live, np.abs(z), 0.0).max(axis=1, keepdims=True, initial=0.0) + em + self.shift
         g, steps = away + e + em + 2 * a.lazy, 3 if a.exp == "exp" else 5
         e = e + steps * u.scores * g + (1 + self.rises) * (u.exp + steps * a.formats.scores.tiny)
         if a.exp == "exp2":
@@ -301,10 +333,11 @@ class Rows:
     def output(self) -> tuple[Array, Array]:
         """Return o of the definition and F1's E: (rows, E) each."""
         a, f, u, v, dv = self.arithmetic, self.arithmetic.formats, self.u.sums, self.inputs.v, self.inputs.dv
-        p, e, pe, G, zeta, live = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta, self.live))
+        p, e, pe, G, zeta = (x[:, : len(v)] for x in (self.p, self.e, self.pe, self.G, self.zeta))
+        live = self.live[:, : len(v)]
         o, size = mix(p, v, live), np.abs(v)
         divided = max(u, self.u.scores) if a.normalise == "before the cast" else 0.0
-        theta = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
+        theta: Array = (1 + (0.0 if self.common else self.uP)) * (1 + G) * (1 + divided) - 1
         tilt = p * np.expm1(e)
         numerator = _spans(tilt + zeta if self.common else tilt, v, o, live)
         numerator += mix(pe * theta + zeta * (G if self.common else 1 + G), size, live)
@@ -328,7 +361,7 @@ class Rows:
         return np.where(self.empty, 0.0, o), np.where(self.empty, 0.0, np.where(over, np.inf, error))
 
     def _coarse(self, o: Array, theta: Array, size: Array, dv: Array) -> Array:
-        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), and means of values."""
+        """Bound the output's error where weights are coarse: the exact range of their tilt (P4), means of values."""
         a, live = self.arithmetic, self.live[:, : len(size)]
         high, G = _highest(size, live), self.G.max(axis=1, keepdims=True, initial=0.0)
         share, column, reach = theta.max(axis=1, keepdims=True, initial=0.0), np.zeros(self.p.shape), np.empty(o.shape)
@@ -349,18 +382,18 @@ class Rows:
         a, f = self.arithmetic, self.arithmetic.formats
         u, ln = f.accumulate.u, np.log(self.total)
         lse = np.abs(self.m + ln)
-        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt
+        self.e_z: Array = np.maximum(np.log(self.up), -np.log(self.down)) + 4 * self.doubt + self.shift
         # the constants of the logits are off for the whole row, and a fast log of nearly 1 is known only absolutely
         constants, absolute = (4, 0) if a.exp == "exp" else (8, 8)
-        E = self.e_z + u * (constants * (np.abs(self.m) + self.em) + absolute)
-        E = (E + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
-        E = E * 2 if a.splits > 1 else E
+        error = self.e_z + u * (constants * (np.abs(self.m) + self.em + self.shift) + absolute)
+        error = (error + (self.u.exp + u) * (np.abs(ln) + self.e_z) + u * lse) / (1 - 2 * u) * EVALUATION
+        error = error * 2 if a.splits > 1 else error
         if f.lse.bits < f.accumulate.bits or f.lse.least > f.accumulate.least:
-            E = E + f.lse.u * (lse + E) + f.lse.tiny
+            error = error + f.lse.u * (lse + error) + f.lse.tiny
         high = np.exp(self.em + a.lazy)
         over = (self.top > f.scores.largest) | (self.total * self.up * high > f.accumulate.largest)
-        over = over | (lse + E > f.lse.largest) | np.isnan(E)
-        return np.where(self.empty, 0.0, np.where(over, np.inf, E))[:, 0]
+        over = over | (lse + error > f.lse.largest) | np.isnan(error)
+        return np.where(self.empty, 0.0, np.where(over, np.inf, error))[:, 0]
 
 
 def _spans(tilted: Array, v: Array, o: Array, live: Bools) -> Array:
@@ -379,7 +412,7 @@ def _highest(size: Array, live: Bools) -> Array:
     return np.stack([np.where(live, column, 0.0).max(axis=1, initial=0.0) for column in size.T], axis=1)
 
 
-def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic) -> Array:
+def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic, sinks: int) -> Array:
     """Bound how often the running maximum rises after each key: by the keys whose computed logits may be above its.
 
     A rise rescales what was accumulated; a factor of 1 is exact.
@@ -388,10 +421,10 @@ def _rises(z: Array, e: Array, live: Bools, arithmetic: Arithmetic) -> Array:
         return np.zeros_like(z)
     most = np.maximum(live.sum(axis=1, keepdims=True) - 1, 0)
     if arithmetic.tile is not None:
-        most = np.minimum(most, max(0, -(-z.shape[1] // arithmetic.tile) - 1))
+        most = np.minimum(most, max(0, -(-(z.shape[1] - sinks) // arithmetic.tile) - 1) + sinks)
     if not most.any():
         return np.zeros_like(z)
     above, upper = np.empty_like(z), np.sort(np.where(live, z + e, -np.inf), axis=1)
     for i in range(len(z)):
-        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right")
+        above[i] = z.shape[1] - np.searchsorted(upper[i], z[i] - e[i], side="right") - (e[i] > 0)  # but itself
     return np.where(live, np.minimum(above, most), 0.0)

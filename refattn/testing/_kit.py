@@ -8,8 +8,9 @@ from typing import Any
 
 from refattn.conventions import Profile
 from refattn.testing._arithmetic import Arithmetic
+from refattn.testing._explained import explained
 from refattn.testing._report import Report, Result
-from refattn.testing._run import names, prepare
+from refattn.testing._run import Run, names, prepare
 from refattn.testing._verdicts import INNOCENT, worst
 
 
@@ -103,12 +104,14 @@ def check(
             results += run.results(name)
             if progress is not None:
                 progress(n, len(asked))
+    found, shared = explained(results, run.profile.convention, run.arithmetic)
     return Report(
         function=fn if isinstance(fn, str) else getattr(fn, "__qualname__", repr(fn)),
         profile=run.profile.name,
         arithmetic=arithmetic if isinstance(arithmetic, str) else "fp32" if arithmetic is None else "its own",
         seed=seed,
-        results=tuple(results),
+        results=tuple(found),
+        diagnosis=shared,
         notes=(run.worker.note,) if run.worker.note else (),
         seconds=time.monotonic() - began,
     )
@@ -138,15 +141,16 @@ def conformance(
 
     @pytest.mark.parametrize("configuration", names(thorough=run.thorough))
     def test(configuration: str) -> None:
-        conclude(run.results(configuration))
+        conclude(run, run.results(configuration))
 
     return test
 
 
-def conclude(results: Sequence[Result]) -> None:
+def conclude(run: Run, results: Sequence[Result]) -> None:
     """End a test of pytest as these verdicts demand."""
     import pytest
 
+    results, _ = explained(results, run.profile.convention, run.arithmetic)
     kind = worst(one.verdict.kind for one in results)
     said = "\n".join(str(one) for one in results if one.verdict.kind == kind)
     if kind not in INNOCENT:

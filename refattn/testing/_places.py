@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +35,48 @@ def cast(call: Call, dtype: str) -> Call:
     return replace(call, **found)
 
 
+def sayable(profile: Profile, call: Call) -> Call | None:
+    """Return the call, or one that asks much the same, in a form that a profile has words for; None where it has none.
+
+    Some take one sequence without a batch, some sequences packed into one, some a sink always.
+    """
+    for form in _forms(call):
+        try:
+            profile.write(form)
+        except ValueError:  # `Unsupported` is one, and so are things that exclude each other
+            continue
+        return form
+    return None
+
+
+def _forms(call: Call) -> Iterator[Call]:
+    yield from _without_batch(call)
+    if call.sink is None:
+        yield from _without_batch(replace(call, sink=np.linspace(-1, 1, np.shape(call.q)[-3])))
+
+
+def _without_batch(call: Call) -> Iterator[Call]:
+    yield call
+    if np.ndim(call.q) != 4 or not len(call.q) or call.lengths is not None:
+        return
+    lone = {name: x[0] for name in ("q", "k", "v", "mask", "bias") if np.ndim(x := getattr(call, name)) == 4}
+    yield replace(call, **lone)
+    if call.starts is None and call.mask is None and call.bias is None:
+        (B, _, T, _), S = np.shape(call.q), np.shape(call.k)[-2]
+        packed = {name: _packed(getattr(call, name)) for name in "qkv"}
+        yield replace(call, **packed, starts=(T * np.arange(B + 1), S * np.arange(B + 1)))
+
+
+def _packed(x: Any) -> Any:
+    """Return (B, H, N, D) as (H, B·N, D)."""
+    return np.moveaxis(x, 0, 1).reshape(x.shape[1], -1, x.shape[3]) if x.size else np.zeros((x.shape[1], 0, x.shape[3]))
+
+
 def cotangents(profile: Profile, call: Call, returned: Any, do: NDArray[Any]) -> tuple[Any, ...]:
     """Return the cotangent of each array that was returned, where that of o is `do`; None for those without one."""
     arrays = list(leaves(returned))
     ends = np.cumsum([0, *(x.size for x in arrays)])
-    numbered = iter(
+    numbered: Iterator[Any] = iter(
         [np.arange(first + 1, last + 1, dtype=np.float64).reshape(x.shape) for first, last, x in _spans(ends, arrays)]
     )
     places = np.asarray(profile.read(mapped(returned, lambda _: next(numbered)), call).o, np.int64)

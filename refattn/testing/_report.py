@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from refattn.conventions import Call
+from refattn.conventions import Call, Returned
 from refattn.testing._verdicts import INNOCENT, KINDS, Verdict, worst
 
 
@@ -28,6 +28,8 @@ class Result:
         The problem, to ask it again; of drawn problems the smallest that fails.
     seed
         What draws it again.
+    answer
+        What was answered, where it is wrong.
     """
 
     configuration: str
@@ -36,6 +38,7 @@ class Result:
     verdict: Verdict
     call: Call | None
     seed: int
+    answer: Returned | None = None
 
     def __str__(self) -> str:
         """Return the verdict under its name."""
@@ -53,6 +56,8 @@ class Report:
         What was asked.
     results
         Every verdict.
+    diagnosis
+        What explains the most wrong answers.
     notes
         What could not be done.
     seconds
@@ -64,6 +69,7 @@ class Report:
     arithmetic: str
     seed: int
     results: tuple[Result, ...]
+    diagnosis: str = ""
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
@@ -111,22 +117,19 @@ class Report:
         return f"{self.function} is right on all {counts['right']} that it answers{gaps}"
 
     def __str__(self) -> str:
-        """Return the table, then each fault, the smallest problem last."""
+        """Return the table, the headline, then each fault; what explains the smallest stands last."""
         lines = [f"{self.function} as {self.profile} in {self.arithmetic}, seed {self.seed}: {self.seconds:.0f} s", ""]
         rows = [(name, *self._row(name)) for name in self.capabilities]
         width = max((len(name) for name, *_ in rows), default=0)
         lines += [f"  {name:<{width}}  {verdict}{more}".rstrip() for name, verdict, more in rows]
-        lines += ["", *(f"note: {note}" for note in self.notes)]
-        for one in self.suspect:
-            lines.append(str(one))
+        lines += ["", *(f"note: {note}" for note in self.notes), self.headline]
+        for one in (*self.suspect, *self.wrong):
+            lines += ["", str(one), f"    replay: {self.replay(one)}"]
         smallest = self.smallest
-        for one in sorted(self.wrong, key=lambda one: one is smallest):
-            lines += [str(one), f"    replay: {self.replay(one)}"]
         if smallest is not None and smallest.call is not None:
             lines += ["", f"the smallest problem that fails: {described(smallest.call)}"]
-            if smallest.verdict.diagnosis:
-                lines.append(smallest.verdict.diagnosis)
-        return "\n".join([*lines, self.headline])
+        lines += [self.diagnosis] if self.diagnosis else []
+        return "\n".join(lines)
 
     def replay(self, one: Result) -> str:
         """Return the call that asks one thing again."""
@@ -182,7 +185,7 @@ def described(call: Call) -> str:
     """
     parts: list[str] = []
     for name in (field.name for field in fields(Call)):
-        x = getattr(call, name)
+        x: Any = getattr(call, name)
         if x is None or x is False:
             continue
         if isinstance(x, np.ndarray):

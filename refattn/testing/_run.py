@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from refattn import _check
-from refattn.conventions import Call, Convention, Profile, Written
+from refattn.conventions import Call, Convention, Profile, Returned, Written
 from refattn.conventions import profile as profile_of
 from refattn.engines import Unsupported
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
@@ -19,7 +19,7 @@ from refattn.testing._attention import judge_call
 from refattn.testing._calling import Ask, Told, leaves
 from refattn.testing._configurations import CAPABILITIES, CONFIGURATIONS, Configuration, ordinary
 from refattn.testing._formats import Format
-from refattn.testing._places import cast, cotangents, gradients
+from refattn.testing._places import cast, cotangents, gradients, sayable
 from refattn.testing._report import Result
 from refattn.testing._verdicts import Verdict
 from refattn.testing._worker import Worker
@@ -131,9 +131,9 @@ class Run:
             return
         verdict, told = self.answer(call, layout=one.layout, twice=one.twice)
         if not one.promised and verdict.kind in ("wrong", "non-finite", "suspect"):
-            verdict = replace(verdict, kind="does not hold", diagnosis="")
-        yield self.result(one, verdict, call)
-        if one.gradients and self.gradients and told is not None:
+            verdict = replace(verdict, kind="does not hold")
+        yield replace(self.result(one, verdict, call), answer=self.kept(verdict, call, told))
+        if one.gradients and self.gradients and told is not None and verdict.kind in ("right", "suspect"):
             yield replace(self.result(one, self.gradient(call, told), call), asked="gradients")
 
     def result(self, one: Configuration, verdict: Verdict, call: Call) -> Result:
@@ -141,14 +141,19 @@ class Run:
         return Result(one.name, one.capability, "forward", verdict, call, self.seed)
 
     def call(self, one: Configuration) -> Call:
-        """Return a configuration's call, in the dtype of the arithmetic's inputs."""
+        """Return a configuration's call in a form that the profile has words for, in the dtype of the inputs."""
         rng = np.random.default_rng([self.seed, zlib.crc32(one.name.encode())])
-        return cast(one.make(rng, self.profile.convention), self.dtype)
+        call = one.make(rng, self.profile.convention)
+        return cast(sayable(self.profile, call) or call, self.dtype)
 
-    def answer(
-        self, call: Call, *, layout: str = "plain", twice: bool = False, diagnose: bool = True
-    ) -> tuple[Verdict, Told | None]:
-        """Return the verdict on the function's answer to a call, and what it returned where that is right or near."""
+    def kept(self, verdict: Verdict, call: Call, told: Told | None) -> Returned | None:
+        """Return the answer itself, where it is wrong and can be looked at."""
+        if told is None or verdict.kind not in ("wrong", "non-finite"):
+            return None
+        return self.profile.read(told.returned, call)
+
+    def answer(self, call: Call, *, layout: str = "plain", twice: bool = False) -> tuple[Verdict, Told | None]:
+        """Return the verdict on the function's answer to a call, and what it returned."""
         try:
             written = self.profile.write(call)
         except Unsupported as error:
@@ -156,15 +161,14 @@ class Run:
         told = self.ask(written, layout=layout, twice=twice)
         if told.kind != "right":
             return Verdict(told.kind, said=(told.said,)), None
-        verdict = self.judged(call, told, diagnose)
-        return verdict, told if verdict.kind in ("right", "suspect") else None
+        return self.judged(call, told), told
 
     def ask(self, written: Written, **more: Any) -> Told:
         """Call the function once."""
         ask = Ask(args=written.args, kwargs=written.kwargs, framework=self.framework, device=self.device, **more)
         return self.worker.ask(ask, self.timeout)
 
-    def judged(self, call: Call, told: Told, diagnose: bool) -> Verdict:
+    def judged(self, call: Call, told: Told) -> Verdict:
         """Judge what was returned."""
         try:
             o, lse = self.profile.read(told.returned, call)
@@ -176,7 +180,7 @@ class Run:
         if lse is None and self.lse:
             return Verdict("wrong shape", said=("lse was asked for and is not returned",))
         return judge_call(
-            call, self.profile.convention, self.arithmetic, o, None if self.lse is False else lse, diagnose=diagnose
+            call, self.profile.convention, self.arithmetic, o, None if self.lse is False else lse, diagnose=False
         )
 
     def gradient(self, call: Call, told: Told) -> Verdict:
@@ -213,6 +217,8 @@ class Run:
     def _property(self, name: str) -> Result:
         own = Configuration(name=name, capability="properties", make=_batched, promised=False)
         call = self.call(own)
+        if np.ndim(call.q) != 4:
+            return self.result(own, Verdict("unsupported", said=(f"{self.profile.name} has no batches",)), call)
         return self.result(own, self._same_bits(call, PROPERTIES[name](call)), call)
 
     def _same_bits(self, call: Call, other: Call) -> Verdict:

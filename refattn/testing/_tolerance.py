@@ -16,7 +16,7 @@ from refattn.heads import matrix
 from refattn.masks import MaskLike
 from refattn.rounding import EVALUATION, Bounded, gamma
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
-from refattn.testing._backward import Gradient, gradients
+from refattn.testing._backward import Gradient, flat, gradients
 from refattn.testing._forward import Inputs, Rows
 
 Array = NDArray[np.float64]
@@ -103,7 +103,7 @@ def tolerance(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # where a number is not finite nothing is sure
         for n, one in enumerate(call.all()):
             definition, lse = Bounded.lift(one.q).softmax_forward(one)
-            matrix(out, n)[:], to_lse.reshape(-1, T)[n] = _forward(one, chosen, definition, lse)
+            matrix(out, n)[:], flat(to_lse, 1)[n] = _forward(one, chosen, definition, lse)
             if asked:
                 cotangents = (np.array(matrix(do, n), np.float64), np.array(matrix(dlse, n, 1), np.float64))
                 sums.add(n, gradients(one, chosen, *cotangents, definition, lse))
@@ -118,7 +118,7 @@ def _forward(one: One, arithmetic: Arithmetic, definition: Bounded, lse: Bounded
         some = Rows(one, inputs, rows, arithmetic, definition.error[rows])
         _, E[rows] = some.output()
         E_L[rows] = some.log_sum_exp() + lse.error[rows]
-    return E, E_L
+    return E, np.where(np.isnan(E_L), np.inf, E_L)
 
 
 class _Sums:
@@ -134,10 +134,9 @@ class _Sums:
     def add(self, n: int, found: dict[str, Gradient]) -> None:
         """Add one problem's."""
         for name, (value, error) in found.items():
-            own = () if name == "sink" else self.shapes[name][-2:]
             at = int(self.call.leads.of[name][n])
             for total, part in ((self.value, value), (self.error, error), (self.size, np.abs(value) + error)):
-                total[name].reshape(-1, *own)[at] += part
+                flat(total[name], part.ndim)[at] += part
 
     def bounds(self) -> tuple[Array | None, ...]:
         """Return what is allowed: the sum over problems is rounded too, as are its terms, if there are several."""
@@ -154,7 +153,7 @@ class _Sums:
                 each = gamma(count, f.accumulate.u) + u
                 error = error + each * (1 + each) * self.size[name] + count * f.output.tiny
             total = np.abs(self.value[name]) * EVALUATION + error
-            error = error if kept else error + u * total + f.output.tiny
+            error = error if kept else error + u * total + np.minimum(f.output.tiny, total)
             over = (total + u * total > f.output.largest) | np.isnan(error)
             out.append(np.where(over, np.inf, error * EVALUATION))
         return tuple(out)

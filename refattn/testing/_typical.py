@@ -15,6 +15,7 @@ from refattn.heads import matrix
 from refattn.masks import MaskLike
 from refattn.rounding import Bounded
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._backward import flat
 from refattn.testing._forward import Inputs, Rows
 from refattn.testing._tolerance import Tolerance
 
@@ -76,7 +77,7 @@ def typical(
     odds = math.sqrt(2 * math.log(12 * max(1, o.size + lse.size) / _check.probability("rate", rate)))
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         for n, one in enumerate(call.all()):
-            matrix(o, n)[:], lse.reshape(-1, T)[n] = _one(one, chosen, odds)
+            matrix(o, n)[:], flat(lse, 1)[n] = _one(one, chosen, odds)
     return Tolerance(o, lse)
 
 
@@ -90,7 +91,7 @@ def _one(one: One, arithmetic: Arithmetic, odds: float) -> tuple[Array, Array]:
         error, error_lse = _Typical(state, one, odds).errors(answer)
         o[rows] = np.fmin(error + definition.error[rows], most)
         lse[rows] = np.fmin(error_lse, state.log_sum_exp()) + definition_lse.error[rows]
-    return o, lse
+    return o, np.where(np.isnan(lse), np.inf, lse)
 
 
 class _Typical:
@@ -99,7 +100,7 @@ class _Typical:
     def __init__(self, state: Rows, one: One, odds: float) -> None:
         self.state, self.odds, self.n_keys = state, odds, len(state.inputs.v)
         inputs, u = state.inputs, state.u
-        self.live, self.p = (x[:, : self.n_keys] for x in (state.live, state.p))
+        self.live, self.p = state.live[:, : self.n_keys], state.p[:, : self.n_keys]
         D, self.sigma = one.problem.sizes[2], abs(one.problem.multiplier)
         q, k, self.dq, dk = np.abs(inputs.q[state.rows]), np.abs(inputs.k), inputs.dq[state.rows], inputs.dk
         size = self.sigma * (q @ k.T)
@@ -107,7 +108,7 @@ class _Typical:
         given = self.sigma * ((q + self.dq) @ (k + dk).T) - size
         sums = D * u.dots / (1 - D * u.dots) if D * u.dots < 1 else math.inf
         rises = state.rises[:, : self.n_keys]
-        rest = state.e[:, : self.n_keys] - given - sums * (size + given) - (rises + 1) * u.exp
+        rest = state.e[:, : self.n_keys] + state.spared - given - sums * (size + given) - (rises + 1) * u.exp
         rest = np.maximum(rest - (-math.log1p(-state.uP) if state.common else 0.0), 0.0)
         alone = np.sqrt((u.dots * math.sqrt(D) * size) ** 2 + self.sigma**2 * (q**2 @ (dk**2).T) + rest**2)
         # the maximum of n keys in a random order rises ln n times
@@ -126,16 +127,16 @@ class _Typical:
         """Return the typical errors of o and lse."""
         state, f, odds = self.state, self.state.arithmetic.formats, self.odds
         v, dv, p, live = state.inputs.v, state.inputs.dv, self.p, self.live
-        E = np.empty(o.shape)
+        error = np.empty(o.shape)
         for c in range(o.shape[1]):
-            E[:, c] = self.moved(np.where(live, v[:, c] - o[:, c : c + 1], 0.0))
+            error[:, c] = self.moved(np.where(live, v[:, c] - o[:, c : c + 1], 0.0))
         if state.uP:
-            E = E + np.maximum(self._cast(v, o), self._guard(v, o))
+            error = error + np.maximum(self._cast(v, o), self._guard(v, o))
         h = np.sqrt(state.n + state.rises.max(axis=1, keepdims=True, initial=0.0)) * state.u.sums * odds
         size = np.abs(v)
-        E = E + h * (mix(p, size, live) + np.abs(o)) + odds * np.sqrt(mix(p**2, dv**2, live))
-        E = E + mix(np.where(live, state.zeta[:, : self.n_keys], 0.0), size, live)
-        E = E + (3 * state.u.sums + f.output.u) * (np.abs(o) + E) + f.output.tiny + 2 * f.accumulate.tiny
+        error = error + h * (mix(p, size, live) + np.abs(o)) + odds * np.sqrt(mix(p**2, dv**2, live))
+        error = error + mix(np.where(live, state.zeta[:, : self.n_keys], 0.0), size, live)
+        error = error + (3 * state.u.sums + f.output.u) * (np.abs(o) + error) + f.output.tiny + 2 * f.accumulate.tiny
         own = self.moved(np.where(live, 1.0, 0.0))
         ln, m = np.log(state.total[:, 0]), np.abs(state.m[:, 0])
         u = f.accumulate.u
@@ -143,7 +144,7 @@ class _Typical:
         lse = lse + state.zeta.sum(axis=1) + (odds * state.uP * np.sqrt((p**2).sum(axis=1)) if state.common else 0.0)
         lse = lse + f.lse.u * np.abs(state.m[:, 0] + ln)
         empty = state.empty[:, 0]
-        return np.where(state.empty, 0.0, E), np.where(empty, 0.0, lse)
+        return np.where(state.empty, 0.0, error), np.where(empty, 0.0, lse)
 
     def _cast(self, v: Array, o: Array) -> Array:
         """Return what independent casts of P do."""

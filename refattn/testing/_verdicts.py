@@ -137,7 +137,7 @@ def places(bad: NDArray[np.bool_], axes: str, seen: NDArray[np.intp] | None = No
     found: list[str] = []
     for axis, name in enumerate(names):
         others = tuple(a for a in range(bad.ndim) if a != axis)
-        fails: NDArray[np.bool_] = bad.any(axis=others)
+        fails = np.asarray(bad.any(axis=others))
         if fails.size > 1 and fails.any() and not fails.all():
             found.append(f"only in {_which(name, fails)}")
     if seen is not None and "row" in names:

@@ -232,11 +232,12 @@ def positions(call: Call, rows: str) -> NDArray[np.int64]:
 
 def distances(call: Call, convention: Convention) -> Floats:
     """Return what ALiBi's slopes multiply, (..., T, S)."""
-    j, p = np.arange(call.sizes[1]), positions(call, convention.rows)
-    if convention.alibi == "key position":
+    j, p = np.arange(call.sizes[1]), positions(call, convention.alibi_rows)
+    form = call.under(convention)._form()  # pyright: ignore[reportPrivateUsage]
+    if form == "key position":
         starts = np.zeros(1, np.int64) if call.starts is None else np.asarray(call.starts[1])
         return (j - starts[np.searchsorted(starts, j, side="right") - 1] + 0.0 * p).astype(np.float64)
-    return (j - p if convention.alibi == "signed distance" else -np.abs(j - p)).astype(np.float64)
+    return (j - p if form == "signed distance" else -np.abs(j - p)).astype(np.float64)
 
 
 def sources(call: Call, convention: Convention) -> dict[str, Bools]:

@@ -14,16 +14,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from refattn import _check, engines
-from refattn.bias import Alibi, BiasLike, Table
+from refattn.bias import Alibi, Bias, BiasLike, Table
 from refattn.engines import One, Order
 from refattn.heads import matrix
 from refattn.masks import MaskLike
 from refattn.partial import Partial
 from refattn.softmax import Gradients
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
+from refattn.testing._backward import flat
 from refattn.testing._formats import Format
 
 Array = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 Summation = Literal["forward", "reversed", "pairwise", "tree"]
 
 
@@ -76,8 +78,8 @@ def attend(
     >>> from refattn.testing import emulate
     >>> x = np.array([[0.5], [1.0]])
     >>> emulate.attend("bf16", x, x, x).o
-    array([[0.78125 ],
-           [0.8125  ]])
+    array([[0.78125   ],
+           [0.80859375]])
     """
     chosen = arithmetic_of(arithmetic)
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
@@ -86,7 +88,7 @@ def attend(
     with np.errstate(all="ignore"):
         for n, one in enumerate(call.all()):
             kernel = _Kernel(chosen, one, summation, tile, splits, rng)
-            matrix(o, n)[:], lse.reshape(-1, T)[n] = kernel.forward()
+            matrix(o, n)[:], flat(lse, 1)[n] = kernel.forward()
     return Partial(o, lse)
 
 
@@ -119,8 +121,8 @@ def vjp(
     >>> from refattn.testing import emulate
     >>> x = np.array([[0.5], [1.0]])
     >>> emulate.vjp("bf16", x, x, x, x).v
-    array([[0.8359375],
-           [0.6640625]])
+    array([[0.59375   ],
+           [0.90234375]])
     """
     chosen = arithmetic_of(arithmetic)
     call = engines.problem(q, k, v, bias=bias, sink=sink, softcap=softcap, order=order, mask=mask, scale=scale)
@@ -138,11 +140,10 @@ def vjp(
             for name, part in kernel.backward(*cotangents).items():
                 total = out[name]
                 assert total is not None
-                shares = total.reshape(-1, *np.shape(part))
-                at = int(call.leads.of[name][n])
+                shares, at = flat(total, np.ndim(part)), int(call.leads.of[name][n])
                 shares[at] = f.accumulate.round(shares[at] + f.output.round(part))
-    if out["bias"] is not None:
-        out["bias"] = out["bias"].reshape(np.shape(bias))
+    if out["bias"] is not None and not isinstance(bias, Bias):
+        out["bias"] = out["bias"].reshape(np.asarray(bias).shape)
     return Gradients(**{name: None if x is None else f.output.round(x) for name, x in out.items()})
 
 
@@ -173,7 +174,7 @@ class _Kernel:
             (False,) * 5 if rng is None else (bool(x) for x in rng.random(5) < 0.5)
         )
         call = one.problem
-        self.sigma = float(self.f.scores.round(np.array(call.multiplier)))
+        self.sigma = float(self.f.scores.round(np.array([call.multiplier]))[0])
         plain = call.bias is None and call.softcap is None and arithmetic.scale == "scores"
         self.folded = self.folded and plain and arithmetic.exp == "exp2" and self.f.stored_scores is None
         self.folded = self.folded and self.sigma > 0 and one.sink is None
@@ -190,7 +191,7 @@ class _Kernel:
             return f.round(x)
         largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
         factor = float(np.float32(largest / f.largest)) if largest > 0 else 1.0
-        return f.round(np.clip(np.float32(x / factor).astype(np.float64), -f.largest, f.largest)) * factor
+        return f.round(np.clip((x / factor).astype(np.float32).astype(np.float64), -f.largest, f.largest)) * factor
 
     def s(self, x: Array) -> Array:
         """Round to the scores' format."""
@@ -211,7 +212,7 @@ class _Kernel:
             room = max(0.0, 2 * self.a.exp_ulp - 1 - 2.0**-20) * f.u - (2.0**-51 if f.bits == 53 else 0)
             y = y * (1 + max(room, 0.0) * self.rng.choice([-1.0, 1.0], y.shape))
         y = np.where(x == 0, 1.0, f.round(y))
-        return np.where(y < 2.0**-126, 0.0, y) if self.flush and f.bits != 11 and f.least <= -126 else y
+        return np.where(y < f.tiny, 0.0, y) if self.flush else y
 
     def log(self, x: Array) -> Array:
         """Return ln x in the accumulator's format."""
@@ -258,11 +259,13 @@ class _Kernel:
 
     # --- logits -------------------------------------------------------------------------------------------------------
 
-    def logits(self) -> tuple[Array, Array, Array]:
+    def logits(self) -> tuple[Array, Array, Bools]:
         """Return logits, −inf where nothing is seen, the softcap's slope, and which pairs are seen."""
         call, f, T, S = self.one.problem, self.f, len(self.q), len(self.k)
         q, k, rows, keys = self.q, self.k, np.arange(T), np.arange(S)
-        seen = np.ones((T, S), np.bool_) if self.one.pairs is None else self.one.pairs.seen(rows, keys)
+        seen: Bools = np.ones((T, S), np.bool_)
+        if self.one.pairs is not None:
+            seen = self.one.pairs.seen(rows, keys)
         if self.a.scale == "q":
             q = f.scaled.round(self.s(q * self.sigma))
         elif self.a.scale == "q and k":
@@ -276,7 +279,8 @@ class _Kernel:
             z = self.stored(self.s(z * self.sigma))
         b = self.bias(rows, keys)
         if b is not None:
-            seen = seen & ~np.isneginf(b)
+            unseen: Bools = np.isneginf(b)
+            seen = seen & ~unseen
         for step in call.order.split(", "):
             if step == "bias" and b is not None:
                 z = self.stored(self.s(z + b))
@@ -309,10 +313,10 @@ class _Kernel:
         """Return o and lse."""
         s, _, seen = self.logits()
         f = self.f
-        self.empty = ~seen.any(axis=1) & (self.one.sink is None or bool(np.isneginf(self.one.sink)))
+        self.empty: Bools = ~(seen.any(axis=1) | ~np.isneginf(self.sink()))
         if self.a.normalise == "before the cast":
             return self.at_once(s)
-        starts = np.linspace(0, s.shape[1], self.splits + 1).astype(int)
+        starts = [s.shape[1] * n // self.splits for n in range(self.splits + 1)]
         parts = [
             self.online(s[:, i:j], seen[:, i:j], self.v[i:j], n == 0)
             for n, (i, j) in enumerate(zip(starts, starts[1:], strict=False))
@@ -334,14 +338,13 @@ class _Kernel:
 
     def sink(self) -> Array:
         """Return the sink's logit for each row, −inf without one."""
-        sink = -np.inf if self.one.sink is None else self.s(np.array(float(self.one.sink)))
-        return np.full(len(self.q), sink)
+        return self.s(np.full(len(self.q), -np.inf if self.one.sink is None else float(self.one.sink)))
 
     def clean(self) -> Array:
         """Return v without what is not finite: for pairs that are not seen."""
         return np.where(np.isfinite(self.v), self.v, 0.0)
 
-    def online(self, s: Array, seen: NDArray[np.bool_], v: Array, first: bool) -> tuple[Array, Array]:
+    def online(self, s: Array, seen: Bools, v: Array, first: bool) -> tuple[Array, Array]:
         """Return o and lse of some keys, a tile at a time."""
         f, T, S = self.f, len(s), s.shape[1]
         m, total, acc = np.full(T, -np.inf), np.zeros(T), np.zeros((T, v.shape[1]))
@@ -366,7 +369,7 @@ class _Kernel:
         return np.where(live[:, None], o, 0.0), lse
 
     def update(
-        self, m: Array, total: Array, acc: Array, s: Array, seen: NDArray[np.bool_], v: Array, rounds: bool = True
+        self, m: Array, total: Array, acc: Array, s: Array, seen: Bools, v: Array, rounds: bool = True
     ) -> tuple[Array, Array, Array]:
         """Take a tile in."""
         a, f = self.a, self.f
@@ -397,7 +400,7 @@ class _Kernel:
     def merged(self, parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:
         """Merge results over parts of the keys."""
         f = self.f.accumulate
-        top = np.maximum.reduce([lse for _, lse in parts])
+        top: Array = np.maximum.reduce([lse for _, lse in parts])
         shift = np.where(np.isneginf(top), 0.0, top)
         weights = [np.where(np.isneginf(lse), 0.0, self.exp(f.round(lse - shift))) for _, lse in parts]
         total, acc = np.zeros(len(top)), np.zeros(parts[0][0].shape)
@@ -413,7 +416,7 @@ class _Kernel:
         a, f, call = self.a, self.f, self.one.problem
         o, lse = self.forward()
         s, slope, seen = self.logits()
-        do = np.where(seen.any(axis=1, keepdims=True), do, 0.0)
+        do = np.where(np.logical_or.reduce(seen, axis=1, keepdims=True), do, 0.0)
         mult = self.operand(do)
         v = self.clean()
         g = np.where(seen, self.stored(self.product(mult, v.T, f.scores)), 0.0)
@@ -434,7 +437,7 @@ class _Kernel:
         fed = f.weights.round(dz)
         if f.stored_scores is not None:
             fed = self.stored(dz)
-        k, q = (np.where(np.isfinite(x), x, 0.0) for x in (self.k, self.q))
+        k, q = np.where(np.isfinite(self.k), self.k, 0.0), np.where(np.isfinite(self.q), self.q, 0.0)
         sigma = self.sigma
         if f.stored_scores is not None and a.scale == "scores":
             fed, sigma = self.stored(self.s(fed * sigma)), 1.0

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from refattn import masks
 from refattn.conventions import Call, Profile
 from refattn.conventions import profile as profile_of
-from refattn.engines import Unsupported
 from refattn.masks import Mask, Pairs
 from refattn.method import REQUIRED, Method, accepted
+from refattn.testing._places import sayable
 
 KINDS = ("normal", "small", "large", "ties", "peaked", "offset")
 
@@ -255,7 +255,7 @@ def problems(draw: st.DrawFn, profile: str | Profile, *, most: int = 24, without
     known = [field for capability, field in FEATURES.items() if capability not in without]
     for feature in draw(st.lists(st.sampled_from(known), max_size=3, unique=True)) if known else ():
         call = _said(own, call, **_feature(draw, feature, rng, call, kind, own.convention.mask == "drop"))
-    return call
+    return sayable(own, call) or call
 
 
 def _feature(
@@ -291,7 +291,6 @@ def _said(profile: Profile, call: Call, **more: Any) -> Call:
     """Return the call with more, where the profile has words for that, and as it is elsewhere."""
     try:
         longer = replace(call, **more)
-        profile.write(longer)
-    except (Unsupported, ValueError):
+    except ValueError:  # such things exclude each other
         return call
-    return longer
+    return call if sayable(profile, longer) is None else longer
