@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
 from refattn.rounding import TINY
-from refattn.testing import _changes, _gradient_changes, _online_changes
+from refattn.testing import _changes, _gradient_changes, _logit_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
 from refattn.testing._fits import Fits
@@ -363,8 +363,8 @@ def _singles(call: Call, convention: Convention, known: Arithmetic) -> Iterator[
         yield Change(kind, words[value], lambda _, c=other: write(call, c), axis=axis)
     yield from _libraries(call, convention)
     yield from _changes.seeing(call, convention)
-    yield from _changes.reading(call, convention)
-    yield from _changes.logits(call, convention)
+    yield from _logit_changes.reading(call, convention)
+    yield from _logit_changes.logits(call, convention)
     yield from _online_changes.tiling(call)
     yield from _online_changes.online(call)
     yield from _online_changes.sums(call)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from refattn.conventions import Call, Convention
-from refattn.testing import _changes
+from refattn.testing import _changes, _logit_changes
 from refattn.testing._changes import TILES, given
 from refattn.testing._written import LN2, Floats, Written, key_heads, summed, write
 
@@ -222,7 +222,7 @@ def _weights(w: Written, lse_of: Written) -> Floats:
 def _recomputed(right: Pass) -> Iterator[GradientChange]:
     """Yield each change of what is seen and of logits as one of the backward pass alone."""
     how = right.w.convention
-    for change in (*_changes.seeing(right.call, how), *_changes.logits(right.call, how), *_axes(right.call, how)):
+    for change in (*_changes.seeing(right.call, how), *_logit_changes.logits(right.call, how), *_axes(right.call, how)):
         if change.kind in BACKWARD:
             said = f"recomputes weights otherwise than the forward pass: it {change.said}"
             yield GradientChange(BACKWARD[change.kind], said, given(change.make, lambda x, f: _again(x, f)))

@@ -13,7 +13,7 @@ from refattn.conventions import Call
 from refattn.testing._arithmetic import Arithmetic
 from refattn.testing._changes import TILES, Change, based, given
 from refattn.testing._formats import FORMATS, Format
-from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, summed
+from refattn.testing._written import LN2, VANISHED, Bools, Floats, Outcome, Written, averaged, summed
 
 OVERFLOW = math.log(float(np.finfo(np.float32).max))
 """The largest number whose exponential float32 holds."""
@@ -164,12 +164,8 @@ def _overflowing(w: Written, t: int) -> Outcome | None:
 
 def _unshifted(w: Written) -> Outcome:
     right = _broken(w, w.top > OVERFLOW)
-    low = w.top < -VANISHING
+    low = w.top < -VANISHED
     return replace(right, o=np.where(low[..., None], 0.0, right.o), lse=np.where(low, -np.inf, right.lse))
-
-
-VANISHING = 103.97
-"""The exponential of a number below minus this is 0 in float32."""
 
 
 def _broken(w: Written, rows: Bools) -> Outcome:
@@ -179,7 +175,7 @@ def _broken(w: Written, rows: Bools) -> Outcome:
 
 
 def _floor(w: Written, low: float) -> Outcome | None:
-    lost = w.top < low - VANISHING if low < 0 else w.top < -VANISHING
+    lost = w.top < low - VANISHED if low < 0 else w.top < -VANISHED
     if not (lost & np.isfinite(w.top)).any():
         return None
     right = w.outcome()
