@@ -91,7 +91,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.kernels")
     parser.add_argument("--only", default="", help="kernels whose names begin with this")
     chosen, unknown = parser.parse_args(), list[str]()
-    print(f"{'kernel':<28}{'arithmetic':<12}{'right':>6}{'suspect':>9}{'faults':>8}{'gaps':>6}{'worst':>8}{'seconds':>9}")
+    print(
+        f"{'kernel':<28}{'arithmetic':<12}{'right':>6}{'suspect':>9}{'faults':>8}{'gaps':>6}{'worst':>8}{'seconds':>9}"
+    )
     for kernel in KERNELS:
         if not kernel.name.startswith(chosen.only):
             continue
@@ -101,7 +103,9 @@ def main() -> int:
         began = time.perf_counter()
         report, new = judged(kernel)
         kinds = [one.verdict.kind for one in report.results]
-        worst = max((one.verdict.ratio for one in report.results if one.verdict.kind in ("right", "suspect")), default=0)
+        worst = max(
+            (one.verdict.ratio for one in report.results if one.verdict.kind in ("right", "suspect")), default=0
+        )
         print(
             f"{kernel.name:<28}{kernel.arithmetic:<12}{kinds.count('right'):>6}{kinds.count('suspect'):>9}"
             f"{len(report.wrong):>8}{kinds.count('unsupported'):>6}{worst:>8.2g}{time.perf_counter() - began:>9.0f}",
@@ -109,7 +113,9 @@ def main() -> int:
         )
         for one in report.wrong:
             if _of(one) in kernel.known:
-                print(f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound; {kernel.known[_of(one)]}")
+                print(
+                    f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound; {kernel.known[_of(one)]}"
+                )
         unknown += new
     print(*unknown, sep="\n", end="\n" if unknown else "")
     return 1 if unknown else 0
