@@ -266,7 +266,7 @@ class _Part:
         size = np.abs(value) + whole
         axes = tuple(x for x in (0, 1) if table.array.shape[-2 + x] == 1)
         count = (T if 0 in axes else 1) * (self.live.shape[1] if 1 in axes else 1)
-        error = whole + gamma(count, self.state.u.sums) * size
+        error = whole + gamma(count, self.state.u.sums) * size + self.state.arithmetic.formats.accumulate.tiny
         return Gradient(*(x.sum(axis=axes, keepdims=True) for x in (value, error, 2 * size)))
 
     def _sink(self, T: int) -> Gradient:
@@ -276,5 +276,5 @@ class _Part:
         tilt = np.expm1(self.common + e + 8 * self.u)
         error = p * (tilt * size + self.E_D) * state.wide + (state.lost + LOST) * (1 + size)
         value = p * self.own
-        error = error + gamma(T, state.u.sums) * (np.abs(value) + error)
+        error = error + gamma(T, state.u.sums) * (np.abs(value) + error) + state.arithmetic.formats.accumulate.tiny
         return Gradient(value.sum(), error.sum(), 2 * (np.abs(value) + error).sum())
