@@ -113,9 +113,8 @@ def main() -> int:
         )
         for one in report.wrong:
             if _of(one) in kernel.known:
-                print(
-                    f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound; {kernel.known[_of(one)]}"
-                )
+                print(f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound;")
+                print(f"        {kernel.known[_of(one)]}")
         unknown += new
     print(*unknown, sep="\n", end="\n" if unknown else "")
     return 1 if unknown else 0
