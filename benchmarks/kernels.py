@@ -55,9 +55,9 @@ HERE = "benchmarks.kernels"
 KERNELS = (
     Kernel("torch", SDPA, "torch", "fp32", "torch", {}, {}),
     Kernel("torch", SDPA, "torch", "fp64", "torch", {}, {}),
-    Kernel("torch", SDPA, "torch", "fa2-bf16", "torch", {}, {}),
-    Kernel("torch", SDPA, "torch", "fa2-fp16", "torch", {}, {}),
-    Kernel("torch, flash", f"{HERE}:torch_flash", "torch", "fa2-bf16", "torch", {}, {}),
+    Kernel("torch", SDPA, "torch", "torch-cpu-bf16", "torch", {}, {}),
+    Kernel("torch", SDPA, "torch", "torch-cpu-fp16", "torch", {}, {}),
+    Kernel("torch, flash", f"{HERE}:torch_flash", "torch", "torch-cpu-bf16", "torch", {}, {}),
     Kernel("torch, math", f"{HERE}:torch_math", "torch", "fp32", "torch", {}, {}),
     Kernel("torch, math", f"{HERE}:torch_math", "torch", "bf16", "torch", {}, {}),
     Kernel("jax", "jax.nn:dot_product_attention", "jax", "fp32", "jax", {}, {}),

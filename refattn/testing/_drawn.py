@@ -48,7 +48,7 @@ def draw(run: Run) -> Result:
         print_blob=False,
         report_multiple_bugs=False,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
     )
     @hypothesis.given(strategies.problems(run.profile, without=run.unsupported))
     def trial(call: Call) -> None:

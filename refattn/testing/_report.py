@@ -190,7 +190,7 @@ def described(call: Call) -> str:
         if x is None or x is False:
             continue
         if isinstance(x, np.ndarray):
-            array: NDArray[Any] = x
+            array: NDArray[Any] = x  # pyright: ignore[reportUnknownVariableType]
             shown = str(array.astype(np.float64).tolist() if array.dtype.kind not in "iub" else array.tolist())
             x = shown if array.size <= 8 else f"array{array.shape}"
         elif name == "starts":
