@@ -16,6 +16,7 @@ from refattn.testing.ball import Ball
 
 if TYPE_CHECKING:
     from refattn.testing._attention import assert_attention, judge
+    from refattn.testing._diagnosis import Diagnosis, diagnose
     from refattn.testing._golden import golden
     from refattn.testing._kit import check, conformance
     from refattn.testing._report import Report
@@ -26,6 +27,7 @@ __all__ = [
     "PRESETS",
     "Arithmetic",
     "Ball",
+    "Diagnosis",
     "Format",
     "Report",
     "Tolerance",
@@ -34,17 +36,20 @@ __all__ = [
     "assert_within",
     "check",
     "conformance",
+    "diagnose",
     "golden",
     "judge",
     "tolerance",
     "typical",
 ]
 _LATER = {
+    "Diagnosis": "_diagnosis",
     "Report": "_report",
     "Verdict": "_verdicts",
     "assert_attention": "_attention",
     "check": "_kit",
     "conformance": "_kit",
+    "diagnose": "_diagnosis",
     "golden": "_golden",
     "judge": "_attention",
 }
