@@ -52,23 +52,31 @@ def _torch(backend: str, *args: Any, **named: Any) -> Any:
 
 SDPA = "torch.nn.functional:scaled_dot_product_attention"
 HERE = "benchmarks.kernels"
+BLOCKS = {
+    "peaked, gradients": "the gradients of k and v are kept in bfloat16 between blocks of 32 rows, where fa2 keeps float32",
+}
+ADDED = dict.fromkeys(
+    ("NaN in unused slots, forward", "Inf in unused slots, forward", "a length of 0, forward"),
+    "unused slots are hidden by a number that is added, and their values are multiplied with weights of 0",
+)
+EVERY_SHAPE_COMPILES: dict[str, Any] = {"only": ["plain", "causal", "grouped heads"], "gradients": False}
 KERNELS = (
     Kernel("torch", SDPA, "torch", "fp32", "torch", {}, {}),
     Kernel("torch", SDPA, "torch", "fp64", "torch", {}, {}),
-    Kernel("torch", SDPA, "torch", "fa2-bf16", "torch", {}, {}),
+    Kernel("torch", SDPA, "torch", "fa2-bf16", "torch", BLOCKS, {}),
     Kernel("torch", SDPA, "torch", "fa2-fp16", "torch", {}, {}),
-    Kernel("torch, flash", f"{HERE}:torch_flash", "torch", "fa2-bf16", "torch", {}, {}),
+    Kernel("torch, flash", f"{HERE}:torch_flash", "torch", "fa2-bf16", "torch", BLOCKS, {}),
     Kernel("torch, math", f"{HERE}:torch_math", "torch", "fp32", "torch", {}, {}),
     Kernel("torch, math", f"{HERE}:torch_math", "torch", "bf16", "torch", {}, {}),
-    Kernel("jax", "jax.nn:dot_product_attention", "jax", "fp32", "jax", {}, {}),
+    Kernel("jax", "jax.nn:dot_product_attention", "jax", "fp32", "jax", {}, EVERY_SHAPE_COMPILES),
     Kernel(
         "transformers, Llama eager",
         "transformers.models.llama.modeling_llama:eager_attention_forward",
         "transformers/eager",
         "fp32",
         "transformers",
-        {},
-        {},
+        ADDED,
+        {"unsupported": ["softcap"]},
     ),
 )
 
@@ -91,7 +99,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m benchmarks.kernels")
     parser.add_argument("--only", default="", help="kernels whose names begin with this")
     chosen, unknown = parser.parse_args(), list[str]()
-    print(f"{'kernel':<28}{'arithmetic':<12}{'right':>6}{'suspect':>9}{'faults':>8}{'gaps':>6}{'worst':>8}{'seconds':>9}")
+    print(
+        f"{'kernel':<28}{'arithmetic':<12}{'right':>6}{'suspect':>9}{'faults':>8}{'gaps':>6}{'worst':>8}{'seconds':>9}"
+    )
     for kernel in KERNELS:
         if not kernel.name.startswith(chosen.only):
             continue
@@ -101,7 +111,9 @@ def main() -> int:
         began = time.perf_counter()
         report, new = judged(kernel)
         kinds = [one.verdict.kind for one in report.results]
-        worst = max((one.verdict.ratio for one in report.results if one.verdict.kind in ("right", "suspect")), default=0)
+        worst = max(
+            (one.verdict.ratio for one in report.results if one.verdict.kind in ("right", "suspect")), default=0
+        )
         print(
             f"{kernel.name:<28}{kernel.arithmetic:<12}{kinds.count('right'):>6}{kinds.count('suspect'):>9}"
             f"{len(report.wrong):>8}{kinds.count('unsupported'):>6}{worst:>8.2g}{time.perf_counter() - began:>9.0f}",
@@ -109,7 +121,9 @@ def main() -> int:
         )
         for one in report.wrong:
             if _of(one) in kernel.known:
-                print(f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound; {kernel.known[_of(one)]}")
+                print(
+                    f"    {_of(one)}: {one.verdict.kind}, {one.verdict.ratio:.3g} times the bound; {kernel.known[_of(one)]}"
+                )
         unknown += new
     print(*unknown, sep="\n", end="\n" if unknown else "")
     return 1 if unknown else 0
