@@ -44,9 +44,9 @@ class Tally:
 
 
 def cast(call: Call, dtype: str) -> Call:
-    """Return the call in numbers that a dtype holds; sinks and slopes in those of float32 at least."""
+    """Return the call in numbers that a dtype holds; slopes in those of float32 at least."""
     wide = "float32" if dtype in ("bfloat16", "float16") else dtype
-    names = {"q": dtype, "k": dtype, "v": dtype, "bias": dtype, "sink": wide, "slopes": wide}
+    names = {"q": dtype, "k": dtype, "v": dtype, "bias": dtype, "sink": dtype, "slopes": wide}
     given = {s: (getattr(call, s), d) for s, d in names.items() if getattr(call, s) is not None}
     return replace(call, **{s: FORMATS[d].round(x).astype(HELD[d]) for s, (x, d) in given.items()})
 

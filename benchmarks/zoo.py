@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from refattn.conventions import Call, Convention
+from refattn.conventions import Call, Convention, Meaning
 from refattn.testing import FORMATS, PRESETS, emulate, tolerance, typical
 from refattn.testing._configurations import CONFIGURATIONS, Configuration, ordinary
 from refattn.testing._diagnosis import Diagnosis, diagnose, shared
+from refattn.testing._isolation import isolated
+from refattn.testing._written import write
 from refattn.testing.zoo import MUTANTS, Kernel, Mutant
 
 HOW = Convention()
@@ -79,6 +81,12 @@ class Case:
             for s in "q k v bias sink".split()
             if getattr(some, s) is not None
         }
+
+
+def emulated(call: Call) -> Meaning:
+    """Return a call's meaning for the emulator, ALiBi as a table: it knows one form of it."""
+    table = {} if call.slopes is None else {"slopes": None, "bias": write(call, HOW).bias}
+    return replace(call, **table).under(HOW)
 
 
 def _rounded(x: Any, name: str) -> Any:
@@ -146,7 +154,7 @@ class Rivals:
         """Compute the reference in the same dtype: eager code that stores each step."""
         self.right, self.dtype = right, {"fp32": "float32"}.get(arithmetic, PRESETS[arithmetic].formats.output.name)
         name = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[self.dtype]
-        meaning = case.call.under(HOW)
+        meaning = emulated(case.call)
         if "o" in right:
             low = meaning.allowance(partial(emulate.attend, name))
             self.low = {"o": low.o, "lse": low.lse}
@@ -182,12 +190,13 @@ class Record:
     mutant: Mutant
     convicted: list[tuple[Case, float]]
     suspect: list[tuple[Case, float]]
+    acquitted: list[Case]
     rivals: list[bool]
 
 
 def tried(where: str) -> tuple[dict[str, Record], list[str]]:
     """Try every mutant of a sort on every case, and the correct kernel beside it, which must be acquitted."""
-    records = {n: Record(m, [], [], [True] * 3) for n, m in MUTANTS.items() if m.where == where}
+    records = {n: Record(m, [], [], [], [True] * 3) for n, m in MUTANTS.items() if m.where == where}
     wrong = list[str]()
     for case in cases(GIVEN[where], gradients=where == "gradients"):
         claimed = CLAIMED[where]
@@ -205,11 +214,14 @@ def tried(where: str) -> tuple[dict[str, Record], list[str]]:
         for record in records.values():
             actual = answered(kernel_of(record.mutant.kernel, where), case, where)
             if all(np.array_equal(x, own[name], equal_nan=True) for name, x in actual.items()):
+                record.acquitted.append(case)
                 continue
             if (ratio := worst(actual, right, bounds)) > 1:
                 record.convicted.append((case, ratio))
             elif (ratio := worst(actual, right, usual)) > 1:
                 record.suspect.append((case, ratio))
+            else:
+                record.acquitted.append(case)
             said = zip(record.rivals, rivals.say(actual), fair, strict=True)
             record.rivals = [passes and (now or not right) for passes, now, right in said]
     return records, wrong
@@ -226,7 +238,7 @@ def innocents(presets: tuple[str, ...]) -> tuple[int, list[int], list[str]]:
             verb = partial(emulate.attend, preset, summation="tree", tile=32, rng=rng)
             if PRESETS[preset].normalise != "last":
                 verb = partial(emulate.attend, preset, summation="tree", rng=rng)
-            actual = case.call.under(HOW).allowance(verb)._asdict()
+            actual = emulated(case.call).allowance(verb)._asdict()
             count += 1
             if (ratio := worst(actual, case.right, bounds)) > 1:
                 wrong.append(f"emulated {preset}, {case.name}: {ratio:.3g}")
@@ -305,25 +317,31 @@ def _diagnoses(records: dict[str, Record], limit: int) -> None:
     kinds = sorted({m.kind for m in MUTANTS.values()})
     rng, right = np.random.default_rng(0), {False: np.zeros(4), True: np.zeros(4)}
     seconds: list[float] = []
-    print(f"\n{'mutant':34} {'its class':20} {'what the diagnosis names':30}")
+    print(f"\n{'mutant':34} {'its class':20} what the diagnosis names")
     for name, r in records.items():
-        began = time.monotonic()
+        began, kind = time.monotonic(), r.mutant.kind
         found = diagnosed(r, limit)
         seconds.append((time.monotonic() - began) / max(len(found), 1))
         named = shared(found)
-        kind, wide = r.mutant.kind, max(len(named), 1)
-        chance = np.mean([kind in rng.choice(kinds, min(wide, len(kinds)), replace=False) for _ in range(100)])
-        right[r.mutant.held_out] += [named[:1] == (kind,), kind in named, chance, 1]
-        mark = "" if named[:1] == (kind,) else "  (named, not first)" if kind in named else "  (not named)"
-        held = " held out" if r.mutant.held_out else ""
-        print(f"{name:34} {kind:20} {', '.join(named[:3]) or 'nothing known':30}{mark}{held}")
-    for held, (first, among, chance, n) in right.items():
+        place = isolated([c.call for c, _ in r.convicted], [c.call for c in r.acquitted])
+        prefix = "backward " if r.mutant.where == "gradients" else ""
+        alone = named or (() if place is None else (prefix + place[0],))
+        chance = np.mean(
+            [kind in rng.choice(kinds, min(max(len(named), 1), len(kinds)), replace=False) for _ in range(100)]
+        )
+        right[r.mutant.held_out] += [named[:1] == (kind,), alone[:1] == (kind,), chance, 1]
+        mark = "" if named[:1] == (kind,) else "  *" if alone[:1] == (kind,) else "  (another)" if alone else ""
+        said = ", ".join(named[:3]) or (
+            "nothing known" if place is None else f"nothing known; wrong only where {place[1]}"
+        )
+        print(f"{name:34} {kind:20} {said}{mark}{' (held out)' if r.mutant.held_out else ''}")
+    for held, (first, where, chance, n) in right.items():
         if n:
-            words = "mutants written after the search was done" if held else "mutants"
-            print(
-                f"\n{words}: the class is named first for {first:.0f} of {n:.0f} ({first / n:.0%}), among those that fit for "
-                f"{among:.0f} ({among / n:.0%}); as many random labels have it for {chance:.1f} ({chance / n:.0%})"
-            )
+            words = "held out: written after the search was done" if held else "mutants"
+            print(f"\n{words}: {n:.0f}")
+            print(f"  the search names the class first      {first:4.0f} ({first / n:.0%})")
+            print(f"  with what wrong answers share (*)     {where:4.0f} ({where / n:.0%})")
+            print(f"  as many random labels have it         {chance:4.1f} ({chance / n:.0%})")
     print(f"seconds a diagnosis: median {np.median(seconds):.2f}, longest {max(seconds):.2f}")
 
 

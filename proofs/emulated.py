@@ -57,6 +57,7 @@ def changed(rng: np.random.Generator, arithmetic: Arithmetic) -> Arithmetic:
         "truncates": bool(rng.integers(2)),
         "exp_ulp": float(rng.choice([2.0, 20.0])),
         "lse": rng.choice([None, "float32"]),
+        "stored_gradients": (int(rng.integers(1, 9)), int(rng.integers(1, 9))),
         "delta": rng.choice([None, "output", "weights"]),
     }
     if arithmetic.normalise == "last":

@@ -71,7 +71,8 @@ Derivation   1 p̂_j = p_je^{η_j+λ}: either exp(ẑ−lsê), |λ| ≤ E_L+u|ls
              Σ|do|E + γ_EΣ|do|(|o|+E) if it is of the output, by Σ|p̂_jĝ_j−p_jg_j| + γ_n if it is of the weights: E_D,
              common to the row. 4 dS, dZ, their casts and sums: steps 3–7 of B4 in test_rounding.py with those; a dS
              that is stored is rounded to that, before and after it is scaled. 5 gradients of arguments that several
-             problems read are rounded once for each and summed.
+             problems read are rounded once for each and summed; those that are stored between blocks of terms are
+             rounded once a block, which is a tree of that many roundings more (F0).
 Equality     nearly, as F1a: dv is P.
 """
 

@@ -1,4 +1,4 @@
-"""What ``refattn check`` does: a function in, verdicts on the screen, a report in a file."""
+"""What ``refattn check`` does: a function in, verdicts on the screen, a report in a file; and ``refattn golden``."""
 
 from __future__ import annotations
 
@@ -43,3 +43,18 @@ def run(fn: str, arguments: Sequence[str], out: Path | None, **options: Any) -> 
             raise click.UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from None
     sys.stdout.flush()
     return WRONG if report.wrong else SUSPECT if report.suspect else RIGHT
+
+
+def golden(out: Path, **options: Any) -> None:
+    """Write golden files and say how many."""
+    import click
+
+    from refattn.testing import golden
+
+    try:
+        paths = golden(out, **options)
+    except (ValueError, TypeError) as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        raise click.UsageError(f"--out: cannot write to {out}: {error.strerror or error}") from None
+    print(f"{len(paths) // 2} problems, each as .npz and .safetensors, and golden.json, in {out}")

@@ -1,4 +1,4 @@
-"""The command line: ``refattn study [FILE …]``, ``refattn show METHOD`` and ``refattn check MODULE:FUNCTION``."""
+"""The command line: ``refattn study``, ``refattn show``, ``refattn check`` and ``refattn golden``."""
 
 from __future__ import annotations
 
@@ -208,6 +208,21 @@ def _command() -> click.Group:
         return _check_command.run(
             function, arguments, **{name: _check_command.names_of(texts) for name, texts in named.items()}, **options
         )
+
+    @group.command()
+    @click.option("--profile", default="torch", show_default=True, help="Whose meaning.")
+    @click.option(
+        "--arithmetic", metavar="PRESET", default="fp32", show_default=True, help="What a kernel computes in."
+    )
+    @click.option("--only", metavar="A,B", multiple=True, help="Only these capabilities or configurations.")
+    @click.option("--seed", type=int, default=0, show_default=True, help="Seed of what is drawn.")
+    @click.option(
+        "--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the files."
+    )
+    def golden(only: tuple[str, ...], **options: Any) -> None:  # pyright: ignore[reportUnusedFunction]
+        """Write problems, right answers and what is allowed, for projects that have no Python."""
+        _need("safetensors")
+        _check_command.golden(only=_check_command.names_of(only), **options)
 
     return group
 

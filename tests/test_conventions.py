@@ -1,5 +1,6 @@
 """What libraries mean: every axis against dense formulas of this file, every library's words there and back."""
 
+import contextlib
 import importlib
 import os
 import re
@@ -18,6 +19,7 @@ from benchmarks import peers
 from benchmarks.calls import drawn, written
 from refattn import conventions as like
 from refattn.conventions import AXES, LIBRARIES, Call, Convention, Profile, neighbours
+from refattn.engines import Unsupported
 from refattn.testing import assert_within, tolerance
 
 PROFILES = [
@@ -223,7 +225,12 @@ def summed(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("profile", PROFILES, ids=NAMES)
 def test_what_a_library_means_is_what_its_words_mean(profile: Profile) -> None:
     rng = np.random.default_rng(len(profile.name))
-    for call, words in written(rng, profile, 20):
+    call = Call(q=rng.normal(size=(1, 2, 3, 4)), k=rng.normal(size=(1, 2, 5, 4)), v=rng.normal(size=(1, 2, 5, 4)))
+    cases = list(written(rng, profile, 20))
+    with contextlib.suppress(Unsupported):
+        both = replace(call, causal=True, window=(1, 2))
+        cases.append((both, profile.write(both)))
+    for call, words in cases:
         before = [np.array(x) for x in words.args if isinstance(x, np.ndarray)]
         returned = profile.read(profile.function(*words.args, **words.kwargs), call)
         assert returned.o.shape == (*np.shape(call.q)[:-1], np.shape(call.v)[-1])
@@ -309,6 +316,35 @@ class Two:
 PACKED = like.xformers.BlockDiagonalMask.from_seqlens([3])
 
 
+def test_masks_that_are_chosen_by_name_are_placed_as_named() -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((1, 3, 2, 4)), rng.standard_normal((1, 5, 2, 4))
+    heads = {"q": q.swapaxes(1, 2), "k": k.swapaxes(1, 2), "v": k.swapaxes(1, 2)}
+    corner = dict.fromkeys(("rows", "window_rows", "alibi_rows"), "top-left")
+    te, xf = like.transformer_engine.dot_product_attention, like.xformers
+    window, slopes = {"window_size": (1, 0)}, {"core_attention_bias_type": "alibi", "alibi_slopes": [0.5, 1.0]}
+    local = xf.LowerTriangularFromBottomRightMask().make_local_attention(2)
+
+    def same(o: np.ndarray, how: dict[str, str], **asked: Any) -> None:
+        meaning = Call(**heads, **asked).under(Convention(**how))  # type: ignore[arg-type]
+        expected, bound = meaning.answer().o.swapaxes(1, 2), meaning.allowance(allowed).o.swapaxes(1, 2)
+        assert_within(o.reshape(expected.shape), expected, 2 * bound)
+
+    for name, how in (("causal", corner), ("causal_bottom_right", {})):
+        options = {"qkv_format": "bshd", "attn_mask_type": name}
+        same(te(q, k, k, **options), how, causal=True)
+        same(te(q, k, k, **options, **window), how, causal=True, window=(1, 0))
+        absolute = {**how, "alibi": "absolute distance"}
+        same(te(q, k, k, **options, **slopes), absolute, causal=True, slopes=[0.5, 1.0])
+        wide = {"qkv_format": "bshd", "attn_mask_type": "no_mask", "bottom_right_diagonal": not how}
+        same(te(q, k, k, **wide, **slopes), absolute, slopes=[0.5, 1.0])
+        same(te(q, k, k, **wide, window_size=(1, 1)), how, window=(1, 1))
+    same(te(q, k, k, softmax_type="off-by-one", qkv_format="bshd", attn_mask_type="no_mask"), {}, sink=[0.0, 0.0])
+    same(xf.memory_efficient_attention(q, k, k, xf.LowerTriangularMask()), corner, causal=True)
+    same(xf.memory_efficient_attention(q, k, k, local), {}, causal=True, window=(1, 0))
+    same(xf.memory_efficient_attention(q, k, k, xf.LocalAttentionFromBottomRightMask(2, 1)), {}, window=(2, 1))
+
+
 def test_pages_and_a_copied_cache_are_the_padded_call() -> None:
     rng = np.random.default_rng(0)
     q, cache = rng.standard_normal((2, 2, 2, 4)), rng.standard_normal((2, 6, 1, 4))
@@ -323,6 +359,14 @@ def test_pages_and_a_copied_cache_are_the_padded_call() -> None:
     paged = fa.flash_attn_with_kvcache(q, pages, pages, cache_seqlens=lengths + 2, block_table=table, causal=True)
     assert np.array_equal(appended, expected)
     assert np.array_equal(paged, expected)
+
+
+def test_who_does_not_scale_unless_asked() -> None:
+    rng = np.random.default_rng(0)
+    q, k = rng.standard_normal((1, 2, 3, 4)), rng.standard_normal((1, 2, 5, 4))
+    meaning = Call(q=q, k=k, v=k, scale=1.0).under(Convention())
+    for o in (like.cudnn.sdpa(q, k, k)[0], like.jax.pallas_tpu_flash_attention(q, k, k)):
+        assert_within(o, meaning.answer().o, 2 * meaning.allowance(allowed).o)
 
 
 def test_packed_sequences_are_a_loop_over_them() -> None:

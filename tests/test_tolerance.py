@@ -227,6 +227,15 @@ def test_nothing_is_promised_where_a_number_may_not_be_finite(value: float, wher
     assert np.isinf(allowed.o[0, 0])
 
 
+def test_gradients_whose_sums_may_overflow_are_promised_nothing() -> None:
+    narrow = dataclasses.replace(PRESETS["fp16"], accumulate="float16")
+    q, k, v = np.full((4, 1), 64.0), np.array([[0.0], [2.0**-9]]), np.array([[0.0], [1.0]])
+    near, far = (tolerance(narrow, q, k, v, do=np.full((4, 1), size)) for size in (64.0, 4096.0))
+    assert np.isfinite(near.k).all()
+    assert np.isinf(far.k).all()
+    assert np.isfinite(far.o).all()
+
+
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_a_sink_of_weight_zero_allows_as_much_as_none(preset: str) -> None:
     q, k, v, do = drawn((3, 8), (6, 8), (6, 3), (3, 3))

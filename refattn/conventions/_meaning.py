@@ -232,18 +232,18 @@ class Meaning:
         """Which rows answer as the convention says of those that see nothing, (..., H, T); none with a sink."""
         q, k, _ = self.arrays
         few = softmax.partial(q[..., :1] * 0, np.zeros_like(k[..., :1]), np.zeros_like(k[..., :1]), **self._sight)
-        return self._back(np.isneginf(few.lse) & (self.call.sink is None), -2)
+        return self.back(np.isneginf(few.lse) & (self.call.sink is None), -2)
 
     def answer(self) -> Answer:
         """Return what is right, in the convention's numbers: o and lse."""
         main, plain, uniform = self._parts(softmax.partial)
         how, empty = self.convention, self.empty
-        o: Floats = self._back(main.o, -3)
-        lse: Floats = self._back(plain.lse, -2)
+        o: Floats = self.back(main.o, -3)
+        lse: Floats = self.back(plain.lse, -2)
         if how.lse == "bits":
             lse = lse * LOG2E
         if uniform is not None:
-            o = np.where(empty[..., None], self._back(uniform.o, -3), o)
+            o = np.where(empty[..., None], self.back(uniform.o, -3), o)
         elif how.empty == "NaN":
             o = np.where(empty[..., None], np.nan, o)
         if how.empty_lse in ("+inf", "0"):
@@ -256,12 +256,12 @@ class Meaning:
         Rows that see nothing answer exactly, unless with the mean of v.
         """
         main, plain, uniform = self._parts(verb)
-        o: Floats = self._back(main.o, -3)
-        lse: Floats = self._back(plain.lse, -2)
+        o: Floats = self.back(main.o, -3)
+        lse: Floats = self.back(plain.lse, -2)
         if self.convention.lse == "bits":
             lse = lse * LOG2E
         if uniform is not None:
-            o = np.where(self.empty[..., None], self._back(uniform.o, -3), o)
+            o = np.where(self.empty[..., None], self.back(uniform.o, -3), o)
         return Answer(o, lse)
 
     def vjp(self, do: ArrayLike, dlse: ArrayLike | None = None) -> softmax.Gradients:
@@ -271,6 +271,12 @@ class Meaning:
     def gradient_allowance(self, verb: Callable[..., Any], do: ArrayLike, dlse: ArrayLike | None = None) -> Any:
         """Return how far gradients may be off, where ``verb(do, q, k, v, …)`` says so of the definition's."""
         return self._gradients(verb, do, dlse)
+
+    def back(self, x: Any, axis: int) -> Any:
+        """Return something of the definition's query heads in the call's order."""
+        if self._order is None or np.ndim(x) < -axis or np.shape(x)[axis] == 1:
+            return x
+        return np.take(x, np.argsort(self._order), axis=axis)
 
     def _parts(self, verb: Callable[..., Any]) -> tuple[Any, Any, Any]:
         q, k, v = self.arrays
@@ -289,17 +295,16 @@ class Meaning:
         do = np.asarray(do, np.float64)
         if dlse is not None:
             dlse = np.asarray(dlse, np.float64) * (LOG2E if self.convention.lse == "bits" else 1.0)
-            dlse = np.where(self.empty, 0.0, dlse)
         forward = [
             None if x is None else x if order is None else _reorder(x, order, a) for x, a in ((do, -3), (dlse, -2))
         ]
         out = verb(forward[0], q, k, v, dlse=forward[1], **self.options)
-        out = out._replace(q=self._back(out.q, -3))
+        out = out._replace(q=self.back(out.q, -3))
         if out.sink is not None:
-            out = out._replace(sink=self._back(out.sink, -1))
+            out = out._replace(sink=self.back(out.sink, -1))
         if out.bias is not None:
             factor = _check.scale(self.call.scale, q.shape[-1]) if self.convention.bias == "before the scale" else 1.0
-            out = out._replace(bias=factor * self._back(out.bias, -3))
+            out = out._replace(bias=factor * self.back(out.bias, -3))
         if self.convention.empty == "mean of v" and self.empty.any():
             lone: Any = np.where(self.empty[..., None], do, 0.0)
             lone = lone if order is None else _reorder(lone, order, -3)
@@ -313,12 +318,6 @@ class Meaning:
         if self.convention.groups == "interleaved" or few in (1, heads) or heads % few:
             return None
         return np.arange(heads).reshape(heads // few, few).T.ravel()
-
-    def _back(self, x: Any, axis: int) -> Any:
-        """Return something of the definition's query heads in the call's order."""
-        if self._order is None or np.ndim(x) < -axis or np.shape(x)[axis] == 1:
-            return x
-        return np.take(x, np.argsort(self._order), axis=axis)
 
     @cached_property
     def _sight(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from refattn.testing.ball import Ball
 
 if TYPE_CHECKING:
     from refattn.testing._attention import assert_attention, judge
+    from refattn.testing._golden import golden
     from refattn.testing._kit import check, conformance
     from refattn.testing._report import Report
     from refattn.testing._verdicts import Verdict
@@ -33,6 +34,7 @@ __all__ = [
     "assert_within",
     "check",
     "conformance",
+    "golden",
     "judge",
     "tolerance",
     "typical",
@@ -43,6 +45,7 @@ _LATER = {
     "assert_attention": "_attention",
     "check": "_kit",
     "conformance": "_kit",
+    "golden": "_golden",
     "judge": "_attention",
 }
 

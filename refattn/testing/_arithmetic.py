@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -87,6 +87,9 @@ class Arithmetic:
         P is rounded as this times P.
     splits
         Into how many parts the keys may be split, whose outputs and lse are merged in `accumulate`.
+    stored_gradients
+        After how many rows dk and dv, and after how many keys dq, are rounded to `output` and read back, at least; None
+        where accumulators are kept.
     delta
         Whether gradients subtract do·o, of the output as it was returned, or Σp·(do·v); None is either.
 
@@ -126,6 +129,7 @@ class Arithmetic:
     lazy: float = 0.0
     weights_scale: float = 1.0
     splits: int = 1
+    stored_gradients: tuple[int, int] | None = None
     delta: Delta | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +143,8 @@ class Arithmetic:
         if self.tile is not None:
             _check.integer("tile", self.tile, 1)
         _check.integer("splits", self.splits, 1)
+        for length in self.stored_gradients or ():
+            _check.integer("stored_gradients", length, 1)
         _check.positive("weights_scale", self.weights_scale)
         for name in ("exp_ulp", "tanh_ulp", "lazy"):
             if _check.finite(name, getattr(self, name)) < 0:
@@ -200,6 +206,8 @@ PRESETS: Mapping[str, Arithmetic] = MappingProxyType(
         "bf16": _eager("bfloat16"),
         "fa2-fp16": _flash("float16"),
         "fa2-bf16": _flash("bfloat16"),
+        "torch-cpu-fp16": replace(_flash("float16"), exp_ulp=20, stored_gradients=(32, 512)),
+        "torch-cpu-bf16": replace(_flash("bfloat16"), exp_ulp=20, stored_gradients=(32, 512)),
         "fp8-e4m3": Arithmetic(
             inputs="float32",
             operands="float8_e4m3",
@@ -217,6 +225,8 @@ PRESETS: Mapping[str, Arithmetic] = MappingProxyType(
 
 ``fp64``, ``fp32``: one format throughout, any kernel. ``tf32``: float32 whose products are of tf32 numbers. ``fp16``,
 ``bf16``: eager code that stores every step. ``fa2-…``: flash attention on tensor cores, with the hardware's tanh.
+``torch-cpu-…``: PyTorch's flash attention on CPUs, whose exp is off by up to 20 units in the last place, and which adds
+gradients up in 16 bits between blocks.
 ``fp8-e4m3``: q, k, v and P are rounded to e4m3 with descaling factors.
 """
 

@@ -20,10 +20,14 @@ Array = NDArray[np.float64]
 
 
 class Gradient(NamedTuple):
-    """A gradient of the definition, and how far a kernel's may be from the real one before it is returned."""
+    """A gradient of the definition, and how far a kernel's may be from the real one before it is returned.
+
+    `reach` is above what an accumulator holds on the way.
+    """
 
     value: Array
     error: Array
+    reach: Array
 
 
 def flat(x: Array, axes: int) -> Array:
@@ -73,8 +77,11 @@ class _Part:
         d = (size + self.ddo) @ (v + dv).T * (1 + gamma(width, state.u.dots)) - size @ v.T + width * f.scores.tiny
         blur = gamma(width) * (size @ v.T) + width * TINY
         d = np.maximum(d, 0.0) + blur
+        over = 2 * (size + self.ddo) @ (v + dv).T > f.scores.largest
         if f.stored_scores is not None:
+            over |= 2 * (np.abs(g) + d) > f.stored_scores.largest
             d = d + f.stored_scores.u * (np.abs(g) + d) + f.stored_scores.tiny
+        d = np.where(over, np.inf, d)
         d = np.where(self.live, d, 0.0)
         own = dlse[:, None] - (self.do * o).sum(axis=1, keepdims=True)
         moved = (size * state.moved).sum(axis=1, keepdims=True) + gamma(width + 1) * (size * np.abs(o)).sum(
@@ -107,11 +114,15 @@ class _Part:
         if a.delta != "weights":
             depth = gamma(width, state.u.sums)
             terms = (np.abs(self.do) * E + self.ddo * reach + depth * size * reach).sum(axis=1, keepdims=True)
+            terms = np.where(
+                2 * (size * reach).sum(axis=1, keepdims=True) > a.formats.accumulate.largest, np.inf, terms
+            )
             bounds.append(terms + width * a.formats.accumulate.tiny)
         if a.delta != "output":
             both = np.minimum(self.e + self.common, 700.0)
             each = self.p * (np.expm1(both) * np.abs(g) + np.exp(both) * d) + lost * (np.abs(g) + d)
             whole = (self.p * np.exp(both) + lost) * (np.abs(g) + d)
+            each = np.where(2 * whole.sum(axis=1, keepdims=True) > a.formats.accumulate.largest, np.inf, each)
             n = state.n * state.u.sums
             depth = np.where(n < 1, n / np.where(n < 1, 1 - n, 1.0), np.inf)
             bounds.append(
@@ -151,7 +162,7 @@ class _Part:
         casts: list[tuple[Format, float]] = [(f.weights, 1.0)] if state.uP else []
         if f.stored_scores is not None:
             casts = [(f.stored_scores, 1.0), (f.stored_scores, sigma)]
-        over = np.zeros(size.shape, np.bool_)
+        over = 2 * size > f.scores.largest
         for f_s, factor in casts:
             tiny = f_s.tiny / factor if factor else 0.0
             over |= factor * size > f_s.largest
@@ -164,7 +175,7 @@ class _Part:
         """Return each argument's share; sums over rows have T terms."""
         state, one, a = self.state, self.one, self.state.arithmetic
         call, live, turned, wide, u = one.problem, self.live, self.live.T, state.wide, self.u
-        f, inputs, sums = a.formats, state.inputs, state.u.sums
+        f, inputs = a.formats, state.inputs
         sigma, n = abs(call.multiplier), live.shape[1]
         grow, tilt = self.grow, np.expm1(self.common)
         own, size = (np.where(live, x * wide, 0.0) for x in (self.own_z, self.size_z))
@@ -175,18 +186,24 @@ class _Part:
         real = np.where(live, self.ps * self.far, 0.0)
         blur = np.expm1(4 * state.doubt) + 2 * n * U
         unsure = mix((1 + blur) * real - np.abs(self.dz), k, live)
+        cost, lost = self._sums(n, n, 1)
         error = mix(own, k, live) + grow * self.E_D * wide * (np.abs(p_k) + blur * mix(self.ps, k, live))
-        error = error + tilt * (np.abs(to_k) + unsure) + gamma(n, sums) * mix(size, k + dk_in, live)
+        error = error + tilt * (np.abs(to_k) + unsure) + cost * mix(size, k + dk_in, live)
         error = error + mix(size, dk_in, live) + n * f.accumulate.tiny
         value = call.multiplier * to_k
-        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny
-        out["q"] = Gradient(value, np.where(live.any(axis=1, keepdims=True), error, 0.0))
+        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost
+        reach = 2 * max(1.0, sigma)
+        out["q"] = Gradient(
+            value, np.where(live.any(axis=1, keepdims=True), error, 0.0), reach * mix(size, k + dk_in, live)
+        )
 
         whole = own + np.where(live, wide * (grow * self.E_D * self.ps_error() + tilt * real), 0.0)
         value = call.multiplier * mix(self.dz.T, inputs.q[state.rows], turned)
-        error = mix(whole.T, q, turned) + gamma(T + 1, sums) * mix(size.T, q + dq_in, turned)
+        cost, lost = self._sums(T, T + 1, 0)
+        error = mix(whole.T, q, turned) + cost * mix(size.T, q + dq_in, turned)
         error = error + mix(size.T, dq_in, turned) + T * f.accumulate.tiny
-        out["k"] = Gradient(value, sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny)
+        error = sigma * error * (1 + 3 * u) + 3 * u * np.abs(value) + f.accumulate.tiny + lost
+        out["k"] = Gradient(value, error, reach * mix(size.T, q + dq_in, turned))
 
         both, rounded = np.minimum(self.e + self.common, 700.0), a.normalise == "before the cast"
         w = self.p * np.expm1(both) * wide
@@ -198,14 +215,28 @@ class _Part:
         cast = np.where(live, cast + 2 * f.scores.tiny + LOST, 0.0)
         size_o = np.abs(self.do)
         error = mix(np.maximum(cast - self.p, 0.0).T, size_o, turned)
-        error = error + gamma(T, sums) * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
-        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny)
+        cost, lost = self._sums(T, T, 0)
+        error = error + cost * mix(cast.T, size_o + self.ddo, turned) + mix(cast.T, self.ddo, turned)
+        reach = 2 * mix(cast.T, size_o + self.ddo, turned)
+        out["v"] = Gradient(mix(self.p.T, self.do, turned), error + T * f.accumulate.tiny + lost, reach)
 
         if isinstance(call.bias, Table):
             out["bias"] = self._bias(call.bias, whole, T)
         if call.sink is not None:
             out["sink"] = self._sink(T)
         return out
+
+    def _sums(self, n: int, roundings: int, which: int) -> tuple[float, float]:
+        """Bound what a sum of n terms costs, as a part of their sizes, and what underflow takes from it.
+
+        Where gradients are stored, every block of terms but the last is rounded to `output` once more.
+        """
+        a, cost = self.state.arithmetic, gamma(roundings, self.state.u.sums)
+        if a.stored_gradients is None:
+            return cost, 0.0
+        blocks = -(-n // a.stored_gradients[which]) - 1
+        f = a.formats.output
+        return (1 + cost) * (1 + gamma(blocks, f.u)) - 1, blocks * f.tiny
 
     def ps_error(self) -> Array:
         """Bound p times the softcap's slope as it is computed."""
@@ -235,8 +266,8 @@ class _Part:
         size = np.abs(value) + whole
         axes = tuple(x for x in (0, 1) if table.array.shape[-2 + x] == 1)
         count = (T if 0 in axes else 1) * (self.live.shape[1] if 1 in axes else 1)
-        error = whole + gamma(count, self.state.u.sums) * size
-        return Gradient(value.sum(axis=axes, keepdims=True), error.sum(axis=axes, keepdims=True))
+        error = whole + gamma(count, self.state.u.sums) * size + self.state.arithmetic.formats.accumulate.tiny
+        return Gradient(*(x.sum(axis=axes, keepdims=True) for x in (value, error, 2 * size)))
 
     def _sink(self, T: int) -> Gradient:
         state = self.state
@@ -245,4 +276,5 @@ class _Part:
         tilt = np.expm1(self.common + e + 8 * self.u)
         error = p * (tilt * size + self.E_D) * state.wide + (state.lost + LOST) * (1 + size)
         value = p * self.own
-        return Gradient(value.sum(), (error + gamma(T, state.u.sums) * (np.abs(value) + error)).sum())
+        error = error + gamma(T, state.u.sums) * (np.abs(value) + error) + state.arithmetic.formats.accumulate.tiny
+        return Gradient(value.sum(), error.sum(), 2 * (np.abs(value) + error).sum())

@@ -13,20 +13,21 @@ from numpy.typing import ArrayLike
 
 from refattn.conventions import LIBRARIES, Call, Convention, Profile, neighbours
 from refattn.rounding import TINY
-from refattn.testing import _changes, _gradient_changes, _online_changes
+from refattn.testing import _changes, _gradient_changes, _logit_changes, _online_changes
 from refattn.testing._arithmetic import Arithmetic, arithmetic_of
 from refattn.testing._changes import AXES, Change
+from refattn.testing._fits import Fits
 from refattn.testing._gradient_changes import Pass
 from refattn.testing._tolerance import tolerance
 from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, write
 
 NEAREST = 24
-"""How many of the nearest answers are given their own allowance."""
+"""How many of the nearest answers are given their own allowance, which changes that answer the same share."""
 FAR = 1e4
 """Answers that are further off than this many allowances of what was asked are not."""
 BEAM = 8
 """How many changes a second one is tried with."""
-WORK = 1.2e7
+WORK = 6e6
 """How many pairs a search for two changes may look at."""
 
 
@@ -81,11 +82,12 @@ class Diagnosis:
             return f"not explained by anything known: {self.tried} changes were tried"
         best = self.explanations[0]
         lines = [f"your kernel {best.said} (error ÷ bound {_short(self.ratio)} without this, {best.ratio:.2g} with it)"]
-        more = self.explanations[1:]
+        more = list({one.kinds: one for one in self.explanations[:0:-1]}.values())[::-1]  # one of each class
         if more:
             lines.append("this problem cannot tell it from:")
-            lines += [f"  your kernel {one.said} ({one.ratio:.2g})" for one in more[:4]]
-            lines += [f"  and {len(more) - 4} more"] if len(more) > 4 else []
+            lines += [f"  your kernel {one.said} ({one.ratio:.2g})" for one in more]
+            rest = len(self.explanations) - 1 - len(more)
+            lines += [f"  and {rest} more like these"] if rest else []
         return "\n".join(lines)
 
 
@@ -148,20 +150,24 @@ def diagnose(
         return _backward(call, convention, gradients, do, dlse, known)
     if ratio <= 1:
         return Diagnosis(ratio, (), (), 0)
-    tried = [_tried(change, change.make, base, seen) for change in _singles(call, convention, base, seen, known)]
-    told = [one for one in tried if one.outcome is not None and one.differs]
-    count = len(tried)
+    tried = [_tried(change, base, seen) for change in _singles(call, convention, known)]
+    told = [one for one in tried if one.differs]
     fits = _fitting(told, seen, known, (1, 2))
+    if not fits:
+        found = [_tried(change, base, seen) for change in Fits(call, convention, base, seen.o, seen.lse).all()]
+        tried, told = tried + found, told + [one for one in found if one.differs]
+        fits = _fitting(told, seen, known, (1, 2))
+    count = len(tried)
     if not fits:
         pairs = list(_pairs(told, base, seen))
         count += len(pairs)
         fits = _fitting(pairs, seen, known, (1, 2)) or _fitting(told, seen, known, (3,))
-    found = [Explanation(one.kinds, one.said, r, ratio / max(r, 2.0**-20)) for one, r in fits]
+    told_of = [Explanation(one.kinds, one.said, r, ratio / max(r, 2.0**-20)) for one, r in fits]
     exercised = {kind for one in told for kind in one.kinds}
     axes = {one.axis for one in told} - {None}
     missing = [f"axis {name}" for name in AXES if name not in axes]
     missing += [kind for kind in dict.fromkeys(k for one in tried for k in one.kinds) if kind not in exercised]
-    return Diagnosis(ratio, tuple(found), tuple(missing), count)
+    return Diagnosis(ratio, tuple(told_of), tuple(missing), count)
 
 
 def _backward(
@@ -194,12 +200,13 @@ def _backward(
     seen: dict[str, bool] = {}
     count = 0
     with np.errstate(all="ignore"):
-        for change in _gradient_changes.changes(right):
+        every = (*_gradient_changes.changes(right), *_gradient_changes.fitted(right, actual))
+        for change in every:
             count += 1
             changed = change.make(right)
             other = changed.gradients()
             seen[change.kind] = seen.get(change.kind, False) or far(right, {s: other[s] for s in actual}) > 2
-            if (r := far(changed, actual)) <= 1:
+            if (r := far(changed, actual)) <= 1 and (change.rank == 1 or not found):
                 found.append(Explanation((change.kind,), change.said, r, ratio / max(r, 2.0**-20)))
     found.sort(key=lambda one: one.ratio)
     return Diagnosis(ratio, tuple(found), tuple(kind for kind, shown in seen.items() if not shown), count)
@@ -322,13 +329,21 @@ class _Tried:
         return max(change.rank for change in self.changes)
 
     @property
+    def same(self) -> Any:
+        """What changes that answer the same share."""
+        x = self.outcome
+        return (
+            None if x is None else (x.arithmetic, x.o.astype(np.float32).tobytes(), x.lse.astype(np.float32).tobytes())
+        )
+
+    @property
     def axis(self) -> str | None:
         return next((change.axis for change in self.changes if change.axis), None)
 
 
-def _tried(change: Change, make: Any, w: Written, seen: _Answer, first: tuple[Change, ...] = ()) -> _Tried:
+def _tried(change: Change, w: Written, seen: _Answer, first: tuple[Change, ...] = ()) -> _Tried:
     with np.errstate(all="ignore"):
-        made: Written | Outcome | None = make(w)
+        made = change.make(w)
         outcome = made.outcome() if isinstance(made, Written) else made
         changed = made if isinstance(made, Written) else None
         changes = (*first, change)
@@ -342,20 +357,19 @@ def _tried(change: Change, make: Any, w: Written, seen: _Answer, first: tuple[Ch
         return _Tried(changes, outcome, changed, _largest(parts), mean, seen.differs(outcome, right))
 
 
-def _singles(call: Call, convention: Convention, w: Written, seen: _Answer, known: Arithmetic) -> Iterator[Change]:
+def _singles(call: Call, convention: Convention, known: Arithmetic) -> Iterator[Change]:
     for axis, value, other in neighbours(convention):
         kind, words = AXES[axis]
         yield Change(kind, words[value], lambda _, c=other: write(call, c), axis=axis)
     yield from _libraries(call, convention)
     yield from _changes.seeing(call, convention)
-    yield from _changes.reading(call, convention)
-    yield from _changes.logits(call, convention)
+    yield from _logit_changes.reading(call, convention)
+    yield from _logit_changes.logits(call, convention)
     yield from _online_changes.tiling(call)
     yield from _online_changes.online(call)
     yield from _online_changes.sums(call)
     yield from _online_changes.splits(call)
     yield from _online_changes.precision(known)
-    yield from _online_changes.fitted(w, seen.o, seen.lse)
 
 
 def _libraries(call: Call, convention: Convention) -> Iterator[Change]:
@@ -383,10 +397,15 @@ def _fitting(
 ) -> list[tuple[_Tried, float]]:
     """Return those that explain the answer with the fewest assumptions, and how well."""
     for rank in ranks:
-        some = [one for one in tried if one.rank == rank and one.far < FAR]
-        some = sorted(some, key=lambda one: (one.far, one.mean))[:NEAREST]
+        groups: dict[Any, list[_Tried]] = {}
+        for one in sorted((x for x in tried if x.rank == rank and x.far < FAR), key=lambda x: (x.far, x.mean)):
+            groups.setdefault(one.same, []).append(one)
+        fits: list[tuple[_Tried, float]] = []
         with np.errstate(all="ignore"):
-            fits = [(one, seen.ratio(one.outcome, arithmetic)) for one in some if one.outcome is not None]
+            for group in list(groups.values())[:NEAREST]:
+                assert group[0].outcome is not None
+                ratio = seen.ratio(group[0].outcome, arithmetic)
+                fits += [(one, ratio) for one in group]
         fits = sorted(((one, r) for one, r in fits if r <= 1), key=lambda x: x[1])
         if fits:
             return fits if rank < 3 else fits[::-1][:3]  # of coarser arithmetics the least coarse says most
@@ -405,7 +424,7 @@ def _pairs(tried: list[_Tried], w: Written, seen: _Answer) -> Iterator[_Tried]:
             if room < 0:
                 return
             assert first.changed is not None
-            both = _tried(second.changes[0], second.changes[0].make, first.changed, seen, first.changes)
+            both = _tried(second.changes[0], first.changed, seen, first.changes)
             if both.outcome is not None:
                 yield both
 

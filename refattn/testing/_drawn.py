@@ -37,7 +37,7 @@ def draw(run: Run) -> Result:
 
     more = THOROUGH if run.thorough else 1
     most, seconds, began = MOST * more, SECONDS * more, time.monotonic()
-    fault: tuple[float, Call, Verdict, Told | None] | None = None
+    found: list[tuple[float, Call, Verdict, Told | None]] = []
     worst, tried = Verdict("right"), 0
 
     @hypothesis.seed(run.seed)
@@ -48,12 +48,12 @@ def draw(run: Run) -> Result:
         print_blob=False,
         report_multiple_bugs=False,
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
-        suppress_health_check=tuple(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
     )
     @hypothesis.given(strategies.problems(run.profile, without=run.unsupported))
     def trial(call: Call) -> None:
-        nonlocal fault, worst, tried
-        if time.monotonic() - began > (seconds if fault is None else 2 * seconds):
+        nonlocal worst, tried
+        if time.monotonic() - began > (2 * seconds if found else seconds):
             raise _Enough
         call = cast(call, run.dtype)
         verdict, told = run.answer(call)
@@ -63,8 +63,8 @@ def draw(run: Run) -> Result:
                 worst = verdict
             return
         size = float(sum(np.size(x) for x in (call.q, call.k, call.v)))
-        if fault is None or size <= fault[0]:
-            fault = size, call, verdict, told
+        if not found or size <= found[-1][0]:
+            found.append((size, call, verdict, told))
         if verdict.kind in ("hung", "crashed"):
             raise _Enough  # each costs a deadline or a start: not shrunk
         raise _Guilty(verdict.kind)
@@ -74,8 +74,8 @@ def draw(run: Run) -> Result:
     except (_Guilty, _Enough):
         pass
     verdict, call, answer = worst, None, None
-    if fault is not None:
-        _, call, verdict, told = fault
+    if found:
+        _, call, verdict, told = found[-1]
         answer = run.kept(verdict, call, told)
     spent = f"{tried} problems were drawn in {time.monotonic() - began:.0f} s"
     verdict = replace(verdict, notes=(*verdict.notes, spent))

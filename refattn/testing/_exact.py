@@ -46,10 +46,10 @@ def exact(rows: NDArray[np.intp]) -> Callable[..., Partial]:
             for n, one in enumerate(call.all()):
                 seen = one.seen()[rows]
                 some = seen.any(axis=0)
-                keys = np.flatnonzero(some)
+                keys, all_keys = np.flatnonzero(some), np.arange(call.sizes[1])
                 bias = None
                 if isinstance(call.bias, Table):
-                    bias = np.where(seen, one.bias(rows, np.arange(seen.shape[1])), 0.0)[:, keys]
+                    bias = np.where(seen, one.bias(rows, all_keys), 0.0)[:, keys]
                 how: dict[str, Any] = {
                     "sink": one.sink,
                     "softcap": call.softcap,

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from refattn.conventions import Call, Convention
-from refattn.testing import _changes
+from refattn.testing import _changes, _logit_changes
 from refattn.testing._changes import TILES, given
 from refattn.testing._written import LN2, Floats, Written, key_heads, summed, write
 
@@ -188,6 +188,30 @@ def changes(right: Pass) -> Iterator[GradientChange]:
                 )
 
 
+def fitted(right: Pass, actual: Mapping[str, Any]) -> Iterator[GradientChange]:
+    """Yield a factor for each gradient, and for each row the number in place of do·o, that are nearest."""
+    plain = right.gradients()
+    heads, few = right.w.q.shape[-3], np.shape(right.call.k)[-3] if np.ndim(right.call.k) > 2 else 1
+    factors = dict[str, float]()
+    for name, x in actual.items():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = np.asarray(x, np.float64) / plain[name]
+        ratios = ratios[np.isfinite(ratios)]
+        factors[name] = float(np.median(ratios)) if len(ratios) else 1.0
+    words = ", ".join(f"{name}'s by {x:.5g}" for name, x in factors.items())
+    shared = heads > few and abs(factors.get("k", 1.0) * heads / few - 1) < 2.0**-10
+    kind = "backward heads" if shared else "backward scale"
+    yield GradientChange(kind, f"multiplies gradients: {words}", given(factors, lambda x, f: replace(x, factors=f)), 2)
+    if "q" in actual:
+        none, one = (replace(right, delta=np.full(right.dlse.shape, d)).gradients()["q"] for d in (0.0, 1.0))
+        slope = none - one
+        with np.errstate(divide="ignore", invalid="ignore"):
+            delta = ((none - np.asarray(actual["q"], np.float64)) * slope).sum(-1) / (slope**2).sum(-1)
+        delta = np.where(np.isfinite(delta), delta, 0.0).reshape(right.dlse.shape)
+        said = "has another number than do·o in each row"
+        yield GradientChange("backward delta", said, given(delta, lambda x, d: replace(x, delta=d)), 2)
+
+
 def _weights(w: Written, lse_of: Written) -> Floats:
     """Return exp(s − lse), of one problem's logits and another's lse."""
     lse = lse_of.normaliser
@@ -198,7 +222,7 @@ def _weights(w: Written, lse_of: Written) -> Floats:
 def _recomputed(right: Pass) -> Iterator[GradientChange]:
     """Yield each change of what is seen and of logits as one of the backward pass alone."""
     how = right.w.convention
-    for change in (*_changes.seeing(right.call, how), *_changes.logits(right.call, how), *_axes(right.call, how)):
+    for change in (*_changes.seeing(right.call, how), *_logit_changes.logits(right.call, how), *_axes(right.call, how)):
         if change.kind in BACKWARD:
             said = f"recomputes weights otherwise than the forward pass: it {change.said}"
             yield GradientChange(BACKWARD[change.kind], said, given(change.make, lambda x, f: _again(x, f)))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from refattn.conventions import Call
 from refattn.testing._arithmetic import Arithmetic
 from refattn.testing._changes import TILES, Change, based, given
 from refattn.testing._formats import FORMATS, Format
-from refattn.testing._written import LN2, Bools, Floats, Outcome, Written, averaged, summed
+from refattn.testing._written import LN2, VANISHED, Bools, Floats, Outcome, Written, averaged, summed
 
 OVERFLOW = math.log(float(np.finfo(np.float32).max))
 """The largest number whose exponential float32 holds."""
@@ -62,13 +61,13 @@ def tiling(call: Call) -> Iterator[Change]:
                     )
         if S % t:
             said = f"sees {-S % t} keys of zeros that pad the last tile of {t}"
-            yield Change("padding score", said, given(-S % t, lambda w, n: _also(w, n)))
+            yield Change("padding score", said, given(-S % t, lambda w, n: also(w, n)))
         if t < T and T % t:
-            said = f"leaves the last {T % t} rows, a tile of {t} that is not whole, 0"
+            said = f"does not write the last {T % t} rows, a tile of {t} that is not whole"
             yield Change(kind, said, given(T - T % t, lambda w, n: _rows_lost(w, np.arange(T) >= n)))
 
 
-def _also(w: Written, n: float) -> Written:
+def also(w: Written, n: float) -> Written:
     """Return the problem with n keys of zeros, values too."""
     return replace(w, pads=float(np.logaddexp(w.pads, math.log(n))))
 
@@ -87,7 +86,7 @@ def _counted(w: Written, again: Bools) -> Written:
 
 def _rows_lost(w: Written, lost: Bools) -> Outcome:
     right = w.outcome()
-    return replace(right, o=np.where(lost[:, None], 0.0, right.o), lse=np.where(lost, np.nan, right.lse))
+    return replace(right, o=np.where(lost[:, None], 0.0, right.o))
 
 
 def online(call: Call) -> Iterator[Change]:
@@ -95,14 +94,10 @@ def online(call: Call) -> Iterator[Change]:
     S = call.sizes[1]
     for t in TILES:
         if t < S:
-            words = f"keys in tiles of {t}"
-            for said, how in (
-                (f"merges {words} without rescaling the output", "o"),
-                (f"merges {words} without rescaling the row sum", "l"),
-                (f"merges {words} without rescaling", "o l"),
-                (f"merges {words} and divides by what it should rescale with", "inverse"),
-            ):
-                yield Change("rescaling", said, given(t, how, lambda w, t, h: _unscaled(w, t, h)))
+            for power, does in POWERS:
+                for which, words in (("o", "the output"), ("l", "the row sum"), ("o l", "output and row sum")):
+                    said = f"merges keys in tiles of {t} {does} {words}"
+                    yield Change("rescaling", said, given(power, which, partial(_rescaled, t)))
             said = f"takes the maximum of each tile of {t} keys alone, so that rescaling overflows"
             yield Change("running maximum", said, given(t, lambda w, t: _overflowing(w, t)))
             yield Change(
@@ -114,7 +109,7 @@ def online(call: Call) -> Iterator[Change]:
             f"starts the maximum at {low:g}, so that rows whose logits are all far below answer as if they saw nothing"
         )
         yield Change("running maximum", said, given(low, lambda w, c: _floor(w, c)))
-    yield Change("row sum", "does not divide by the row sum", lambda w: _divided(w, lambda x: x))
+    yield Change("row sum", "does not divide by the row sum", lambda w: divided(w, lambda x: x))
     yield from _nan()
 
 
@@ -125,18 +120,29 @@ def _tops(w: Written, t: int) -> Floats:
     return np.repeat(np.maximum.accumulate(np.stack(tops, -1), -1), t, -1)[..., : s.shape[-1]]
 
 
-def _unscaled(w: Written, t: int, how: str) -> Outcome:
+POWERS = (
+    (0.0, "without rescaling"),
+    (-1.0, "and divides instead of rescaling"),
+    (2.0, "and rescales twice"),
+    (0.5, "and rescales with the root for"),
+    (LN2, "and rescales with exp2 in place of exp for"),
+    (1 / LN2, "and rescales with too many bits for"),
+)
+"""What the factor that should rescale is raised to, in words."""
+
+
+def _rescaled(t: int, w: Written, power: float, which: str) -> Outcome:
+    """Return what is answered where output, row sum or both are rescaled with a power of the right factor."""
     top, m = _tops(w, t), w.top
-    end = m if w.sink is None else np.maximum(m, w.sink[..., None])
+    end = end_of(w)
     with np.errstate(invalid="ignore", over="ignore"):
-        right, wrong = w.masked - m[..., None], w.masked - top
-        if how == "inverse":
-            wrong = wrong + (m[..., None] - top)
-        right, wrong = (np.where(w.seen, x, -np.inf) for x in (right, wrong))
+        right = w.masked - m[..., None]
+        wrong = np.where(w.seen, w.masked - top + power * (top - m[..., None]), -np.inf)
         sink = 0.0 if w.sink is None else np.exp(w.sink[..., None] - end)
-        keep = 1.0 if how == "o l" else np.exp(m - end)
-        l = np.exp(summed(right if how == "o" else wrong)) * keep + sink  # noqa: E741
-        a = right if how == "l" else wrong
+        keep = np.exp((m - end) * (power if which == "o l" else 1.0))
+        keep = np.where(np.isneginf(m), 0.0, keep)
+        l = np.exp(summed(right if which == "o" else wrong)) * keep + sink  # noqa: E741
+        a = right if which == "l" else wrong
         alone = summed(a)
         gain = np.where(np.isneginf(alone), 0.0, np.exp(alone) * keep / l)
         o = gain[..., None] * averaged(a, w.v, alone)
@@ -158,12 +164,8 @@ def _overflowing(w: Written, t: int) -> Outcome | None:
 
 def _unshifted(w: Written) -> Outcome:
     right = _broken(w, w.top > OVERFLOW)
-    low = w.top < -VANISHING
+    low = w.top < -VANISHED
     return replace(right, o=np.where(low[..., None], 0.0, right.o), lse=np.where(low, -np.inf, right.lse))
-
-
-VANISHING = 103.97
-"""The exponential of a number below minus this is 0 in float32."""
 
 
 def _broken(w: Written, rows: Bools) -> Outcome:
@@ -173,7 +175,7 @@ def _broken(w: Written, rows: Bools) -> Outcome:
 
 
 def _floor(w: Written, low: float) -> Outcome | None:
-    lost = w.top < low - VANISHING if low < 0 else w.top < -VANISHING
+    lost = w.top < low - VANISHED if low < 0 else w.top < -VANISHED
     if not (lost & np.isfinite(w.top)).any():
         return None
     right = w.outcome()
@@ -194,7 +196,7 @@ def _last_sum(w: Written, t: int) -> Outcome:
     return Outcome(*w.called(o, l), w, gain)
 
 
-def _divided(w: Written, gain: Callable[[Floats], Floats]) -> Outcome:
+def divided(w: Written, gain: Callable[[Floats], Floats]) -> Outcome:
     """Return what is answered where o is multiplied by something of the row sum, which is of exp(s − max)."""
     right = w.outcome()
     end = w.top if w.sink is None else np.maximum(w.top, w.sink[..., None])
@@ -234,27 +236,28 @@ def sums(call: Call) -> Iterator[Change]:
         return make
 
     others: tuple[tuple[str, Callable[[Written, Floats], Floats]], ...] = (
-        ("gives lse without the maximum: the logarithm of the row sum alone", lambda w, x: x - based(w, _end(w))),
-        ("gives the maximum for lse", lambda w, x: based(w, _end(w))),
+        ("gives lse without the maximum: the logarithm of the row sum alone", lambda w, x: x - based(w, end_of(w))),
+        ("gives the maximum for lse", lambda w, x: based(w, end_of(w))),
         ("gives lse with the other sign", lambda w, x: -x),
-        ("gives the row sum for lse, not its logarithm", lambda w, x: np.exp(w.normaliser - _end(w))),
+        ("gives the row sum for lse, not its logarithm", lambda w, x: np.exp(w.normaliser - end_of(w))),
         ("gives exp(lse) for lse", lambda w, x: np.exp(w.normaliser)),
         ("multiplies lse by ln 2", lambda w, x: x * LN2),
         ("multiplies lse by log₂e", lambda w, x: x / LN2),
-        ("multiplies the maximum in lse by log₂e", lambda w, x: x + based(w, _end(w)) * (1 / LN2 - 1)),
-        ("multiplies the maximum in lse by ln 2", lambda w, x: x + based(w, _end(w)) * (LN2 - 1)),
+        ("multiplies the maximum in lse by log₂e", lambda w, x: x + based(w, end_of(w)) * (1 / LN2 - 1)),
+        ("multiplies the maximum in lse by ln 2", lambda w, x: x + based(w, end_of(w)) * (LN2 - 1)),
         (
             "gives the logarithm of the row sum in bits in lse",
-            lambda w, x: x + based(w, w.normaliser - _end(w)) * (1 / LN2 - 1),
+            lambda w, x: x + based(w, w.normaliser - end_of(w)) * (1 / LN2 - 1),
         ),
-        ("gives lse of logits that are not scaled", lambda w, x: x - based(w, _end(w)) * (1 - 1 / w.scale)),
+        ("gives lse of logits that are not scaled", lambda w, x: x - based(w, end_of(w)) * (1 - 1 / w.scale)),
         ("gives lse minus the logarithm of the number of keys", lambda w, x: x - based(w, np.log(w.seen.sum(-1)))),
     )
     for said, f in others:
         yield Change("lse", said, of(f))
 
 
-def _end(w: Written) -> Floats:
+def end_of(w: Written) -> Floats:
+    """Return the maximum at the end, with the sink."""
     return w.top if w.sink is None else np.maximum(w.top, w.sink[..., None])
 
 
@@ -275,6 +278,8 @@ def splits(call: Call) -> Iterator[Change]:
             (f"merges {words} with lse in nats as if in bits", "nats"),
             (f"gives a split that sees nothing a weight, of {words}", "empty"),
             (f"keeps the last of {words} only", "last"),
+            (f"keeps the first of {words} only", "first"),
+            (f"takes the one of {words} that has the largest lse", "largest"),
             (f"weighs {words} with their lse, not its exponential", "linear"),
         ):
             yield Change("merge", said, given(starts, how, lambda w, x, h: _merged(w, x, h)))
@@ -292,8 +297,12 @@ def _merged(w: Written, starts: tuple[int, ...], how: str) -> Outcome | None:
     if how == "empty" and not empty.any():
         return None
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        if how == "last":
-            return Outcome(*w.called(o[-1], lse[-1]), w)
+        if how in ("first", "last"):
+            n = 0 if how == "first" else -1
+            return Outcome(*w.called(o[n], lse[n]), w)
+        if how == "largest":
+            n = lse.argmax(0)[None]
+            return Outcome(*w.called(np.take_along_axis(o, n[..., None], 0)[0], w.normaliser), w)
         if how == "mean":
             return Outcome(*w.called(o.mean(0), w.normaliser), w)
         if how == "linear":
@@ -323,6 +332,7 @@ def precision(arithmetic: Arithmetic) -> Iterator[Change]:
     """Yield coarser arithmetics, and roundings at a place where there should be none."""
     weights = arithmetic.formats.weights
     formats = [f for f in FORMATS.values() if f.bits < 24]
+    wide = [f for f in formats if f.bits >= 8]
     for t in (None, *TILES):
         words = "" if t is None else f", in tiles of {t}"
         for f in formats:
@@ -331,7 +341,11 @@ def precision(arithmetic: Arithmetic) -> Iterator[Change]:
                 yield Change("precision", said, given(t, f, lambda w, t, f: _rounded_first(w, t, f, arithmetic)))
     yield Change("precision", "overflows float16 in q·k before the scale", lambda w: _half_overflow(w))
     for f in formats:
-        if f.bits < arithmetic.formats.scores.bits:
+        if f.bits < arithmetic.formats.inputs.bits:
+            coarse = replace(arithmetic, operands=f)
+            said = f"multiplies q, k and v that are rounded to {f.name}"
+            yield Change("precision", said, given(coarse, lambda w, a: replace(w.outcome(), arithmetic=a)), 3)
+        if f in wide and f.bits < arithmetic.formats.scores.bits:
             words, kind, rank = f"in {f.name}", "precision", 3
             stored = replace(arithmetic, stored_scores=f)
             yield Change(
@@ -368,100 +382,3 @@ def _half_overflow(w: Written) -> Outcome | None:
     with np.errstate(invalid="ignore"):
         broken: Bools = ((w.raw > FORMATS["float16"].largest) & w.seen).max(-1)
     return _broken(w, broken) if broken.any() else None
-
-
-def fitted(w: Written, o: Floats, lse: Floats | None) -> Iterator[Change]:
-    """Yield changes with one number that is found from the answer."""
-    right = w.outcome()
-    factor = _middle(o / np.where(right.o == 0, np.nan, right.o))
-    if factor is not None:
-        yield Change("output", f"multiplies the output by {factor:.6g}", given(factor, lambda w, x: _times(w, x)), 2)
-    with np.errstate(invalid="ignore"):
-        l = np.exp(np.nan_to_num(w.normaliser - _end(w)))  # noqa: E741
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        eps = _middle(l[..., None] * (right.o / np.where(o == 0, np.nan, o) - 1))
-    if eps is not None and eps > 0:
-        yield Change(
-            "row sum",
-            f"divides by the row sum and {eps:.3g}",
-            given(eps, lambda w, x: _divided(w, lambda z: z / (z + x))),
-            2,
-        )
-    if lse is not None:
-        with np.errstate(invalid="ignore", over="ignore"):
-            more = _middle(np.exp(lse * (LN2 if w.convention.lse == "bits" else 1.0)) - np.exp(w.normaliser))
-        if more is not None and more > 0:
-            said = f"counts {more:.4g} too much in every row sum, as of a key with the score {math.log(more):.4g}"
-            yield Change("padding score", said, given(more, lambda w, x: _also(w, x)), 2)
-    if lse is not None and np.shape(lse) == right.lse.shape:
-        with np.errstate(invalid="ignore"):
-            off = _middle(lse - right.lse)
-            times = _middle(lse / np.where(right.lse == 0, np.nan, right.lse))
-        if off is not None:
-            yield Change(
-                "lse",
-                f"adds {off:.6g} to lse",
-                given(off, lambda w, x: replace(w.outcome(), lse=w.outcome().lse + x)),
-                2,
-            )
-        if times is not None:
-            yield Change(
-                "lse",
-                f"multiplies lse by {times:.6g}",
-                given(times, lambda w, x: replace(w.outcome(), lse=w.outcome().lse * x)),
-                2,
-            )
-    searched: tuple[tuple[str, Callable[[Written, float], Written]], ...] = (
-        ("scales logits by {:.6g} times what is right", lambda w, x: replace(w, scale=w.scale * x)),
-        ("counts the bias {:.6g} times", lambda w, x: replace(w, bias=w.bias * x)),
-        ("has a softcap {:.6g} times what is right", lambda w, x: replace(w, softcap=(w.softcap or 1.0) * x)),
-        (
-            "has sinks that are off by ln {:.6g}",
-            lambda w, x: replace(w, sink=None if w.sink is None else w.sink + math.log(x)),
-        ),
-    )
-    for words, made in searched:
-        there = {"bias": np.any(w.bias), "softcap": w.softcap is not None, "sinks": w.sink is not None}
-        if all(flag for name, flag in there.items() if name in words):
-            best = _search(partial(made, w), o, lse)
-            kind = next((name for name in ("bias", "softcap", "sink") if name in words), "scale")
-            yield Change(kind, words.format(best), given(best, made, lambda w, x, f: f(w, x)), 2)
-
-
-def _times(w: Written, factor: float) -> Outcome:
-    right = w.outcome()
-    return replace(right, o=right.o * factor, gain=np.full(right.lse.shape, factor))
-
-
-def _middle(x: Floats) -> float | None:
-    """Return the median of what is finite, unless there is nothing."""
-    x = x[np.isfinite(x)]
-    return float(np.median(x)) if len(x) else None
-
-
-def _search(made: Callable[[float], Written], o: Floats, lse: Floats | None) -> float:
-    """Return the factor, from 1/16 to 16, whose answer is nearest: a coarse look, then a golden section."""
-
-    def off(t: float) -> float:
-        w = made(2.0**t)
-        with np.errstate(invalid="ignore", over="ignore"):
-            far = [np.abs(averaged(w.masked, w.v, w.normaliser) - o)]
-            far += [] if lse is None else [np.abs(based(w, w.normaliser) - lse)]
-        return float(sum(x[np.isfinite(x)].sum() for x in far))
-
-    coarse: Any = np.linspace(-4, 4, 17)
-    at = int(np.argmin([off(t) for t in coarse]))
-    low, high = coarse[max(at - 1, 0)], coarse[min(at + 1, len(coarse) - 1)]
-    golden = (math.sqrt(5) - 1) / 2
-    a, b = high - golden * (high - low), low + golden * (high - low)
-    fa, fb = off(a), off(b)
-    for _ in range(36):
-        if fa < fb:
-            high, b, fb = b, a, fa
-            a = high - golden * (high - low)
-            fa = off(a)
-        else:
-            low, a, fa = a, b, fb
-            b = low + golden * (high - low)
-            fb = off(b)
-    return float(2.0 ** ((low + high) / 2))

@@ -76,9 +76,10 @@ def cotangents(profile: Profile, call: Call, returned: Any, do: NDArray[Any]) ->
     """Return the cotangent of each array that was returned, where that of o is `do`; None for those without one."""
     arrays = list(leaves(returned))
     ends = np.cumsum([0, *(x.size for x in arrays)])
-    numbered: Iterator[Any] = iter(
-        [np.arange(first + 1, last + 1, dtype=np.float64).reshape(x.shape) for first, last, x in _spans(ends, arrays)]
-    )
+    each: list[Any] = [
+        np.arange(first + 1, last + 1, dtype=np.float64).reshape(x.shape) for first, last, x in _spans(ends, arrays)
+    ]
+    numbered = iter(each)
     places = np.asarray(profile.read(mapped(returned, lambda _: next(numbered)), call).o, np.int64)
     whole = np.zeros(ends[-1])
     whole[places.ravel() - 1] = np.asarray(do, np.float64).ravel()

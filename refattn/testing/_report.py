@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from refattn.conventions import Call, Returned
 from refattn.testing._verdicts import INNOCENT, KINDS, Verdict, worst
@@ -189,8 +190,9 @@ def described(call: Call) -> str:
         if x is None or x is False:
             continue
         if isinstance(x, np.ndarray):
-            shown = str(x.astype(np.float64).tolist() if x.dtype.kind not in "iub" else x.tolist())
-            x = shown if x.size <= 8 else f"array{x.shape}"
+            array: NDArray[Any] = x  # pyright: ignore[reportUnknownVariableType]
+            shown = str(array.astype(np.float64).tolist() if array.dtype.kind not in "iub" else array.tolist())
+            x = shown if array.size <= 8 else f"array{array.shape}"
         elif name == "starts":
             x = tuple(np.asarray(y).tolist() for y in x)
         parts.append(f"{name}={x}")

@@ -129,13 +129,15 @@ class _Sums:
         table = call.bias.array if isinstance(call.bias, Table) else None
         arrays = {"q": call.q, "k": call.k, "v": call.v, "bias": table, "sink": call.sink}
         self.shapes = {name: np.shape(x) for name, x in arrays.items() if x is not None}
-        self.value, self.error, self.size = ({s: np.zeros(x) for s, x in self.shapes.items()} for _ in range(3))
+        zeros = ({s: np.zeros(x) for s, x in self.shapes.items()} for _ in range(4))
+        self.value, self.error, self.size, self.reach = zeros
 
     def add(self, n: int, found: dict[str, Gradient]) -> None:
         """Add one problem's."""
-        for name, (value, error) in found.items():
+        for name, (value, error, reach) in found.items():
             at = int(self.call.leads.of[name][n])
-            for total, part in ((self.value, value), (self.error, error), (self.size, np.abs(value) + error)):
+            parts = (value, error, np.abs(value) + error, reach)
+            for total, part in zip((self.value, self.error, self.size, self.reach), parts, strict=True):
                 flat(total[name], part.ndim)[at] += part
 
     def bounds(self) -> tuple[Array | None, ...]:
@@ -154,6 +156,7 @@ class _Sums:
                 error = error + each * (1 + each) * self.size[name] + count * f.output.tiny
             total = np.abs(self.value[name]) * EVALUATION + error
             error = error if kept else error + u * total + np.minimum(f.output.tiny, total)
-            over = (total + u * total > f.output.largest) | np.isnan(error)
+            size = np.maximum(total, self.size[name])
+            over = (size + u * size > f.output.largest) | (self.reach[name] > f.accumulate.largest) | np.isnan(error)
             out.append(np.where(over, np.inf, error * EVALUATION))
         return tuple(out)

@@ -20,8 +20,8 @@ Bools = NDArray[np.bool_]
 
 LN2 = math.log(2)
 EMPTY_LSE = {"-inf": -math.inf, "+inf": math.inf, "0": 0.0, "any": -math.inf}
-VANISHED = 104.0
-"""A weight that is smaller than e to minus this is 0 in float32."""
+VANISHED = 103.97
+"""The exponential of a number below minus this is 0 in float32."""
 
 
 @dataclass(frozen=True, eq=False)

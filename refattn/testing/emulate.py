@@ -442,9 +442,9 @@ class _Kernel:
         if f.stored_scores is not None and a.scale == "scores":
             fed, sigma = self.stored(self.s(fed * sigma)), 1.0
         out = {
-            "q": f.accumulate.round(self.product(fed, k, f.accumulate) * sigma),
-            "k": f.accumulate.round(self.product(fed.T, q, f.accumulate) * sigma),
-            "v": self.product(f.weights.round(p).T, np.where(np.isfinite(mult), mult, 0.0), f.accumulate),
+            "q": self.blocks(fed, k, sigma, 1),
+            "k": self.blocks(fed.T, q, sigma, 0),
+            "v": self.blocks(f.weights.round(p).T, np.where(np.isfinite(mult), mult, 0.0), 1.0, 0),
         }
         if isinstance(call.bias, Table):
             db = dz if call.order == "bias, softcap" else ds
@@ -456,6 +456,18 @@ class _Kernel:
             each = self.s(self.exp(self.s(self.sink() - shift)) * own)
             out["sink"] = self.sum(each, f.accumulate)
         return out
+
+    def blocks(self, a: Array, b: Array, factor: float, which: int) -> Array:
+        """Return factor·(a @ b), added up in `output` block by block where gradients are stored."""
+        f, stored = self.f, self.a.stored_gradients
+        if stored is None:
+            return f.accumulate.round(self.product(a, b, f.accumulate) * factor)
+        total = np.zeros((len(a), b.shape[1]))
+        for first in range(0, len(b), stored[which]):
+            some = slice(first, first + stored[which])
+            part = f.accumulate.round(self.product(a[:, some], b[some], f.accumulate) * factor)
+            total = f.output.round(f.accumulate.round(total + part))
+        return total
 
 
 def chop(x: Array, f: Format) -> Array:

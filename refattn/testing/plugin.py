@@ -27,26 +27,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config, items: list[pytest.Item]) -> None:
     """Add the kit's items to what was collected."""
-    name = config.getoption("--refattn")
+    option: Any = config.getoption
+    name = option("--refattn")
     if name is None:
         return
     from refattn.testing._run import prepare
 
-    listed: str = config.getoption("--refattn-unsupported")
+    listed: str = option("--refattn-unsupported")
     try:
         run = prepare(
             name,
-            config.getoption("--refattn-profile"),
-            config.getoption("--refattn-arithmetic"),
-            framework=config.getoption("--refattn-framework"),
+            option("--refattn-profile"),
+            option("--refattn-arithmetic"),
+            framework=option("--refattn-framework"),
             unsupported=[one.strip() for one in listed.split(",") if one.strip()],
-            seed=config.getoption("--refattn-seed"),
+            seed=option("--refattn-seed"),
         )
         run.worker.__enter__()
     except (ValueError, TypeError, ImportError) as error:
         raise pytest.UsageError(f"--refattn: {error}") from None
     config.add_cleanup(lambda: run.worker.__exit__(None, None, None))
-    kernel: Kernel = Kernel.from_parent(session, name=name)
+    kernel: Kernel = Kernel.from_parent(session, name=name)  # pyright: ignore[reportUnknownMemberType]
     kernel.run = run
     items.extend(kernel.collect())
 
@@ -61,7 +62,7 @@ class Kernel(pytest.Collector):
         from refattn.testing._run import names
 
         for name in names():
-            question: Question = Question.from_parent(self, name=name)
+            question: Question = Question.from_parent(self, name=name)  # pyright: ignore[reportUnknownMemberType]
             yield question
 
 

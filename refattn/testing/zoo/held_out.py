@@ -14,197 +14,167 @@ from refattn.testing.zoo.kernel import Array, F, Kernel, Loaded, State, Tile
 from refattn.testing.zoo.online import rounded
 
 
-@mutant("causal diagonal", held_out=True)
-class DiagonalTileUnmasked(Kernel):
-    """Causal skips tiles but hides nothing within one: a row sees its whole tile of keys."""
+@mutant("row positions", held_out=True)
+class PositionsInSixteens(Kernel):
+    """Rows of a sixteen all have the position of the first of them."""
 
-    def causal(self, i: Array, j: Array) -> Array:  # noqa: D102
-        return j // self.keys <= i // self.keys
-
-
-@mutant("window size", held_out=True)
-class WindowTwice(Kernel):
-    """The window's left number counts for each of two halves."""
-
-    def window(self, x: Loaded, rows: Tile, j: Array, left: int | None, right: int | None) -> Array:  # noqa: D102
-        return super().window(x, rows, j, None if left is None else 2 * left, right)
+    def position(self, x: Loaded, rows: Tile) -> Array:  # noqa: D102
+        own = np.arange(x.T)[rows][None, None, :, None]
+        return super().position(x, rows) - own % 16
 
 
 @mutant("heads", held_out=True)
-class KeyHeadsReversed(Kernel):
-    """Key heads are counted from the last."""
+class GroupOneTooLarge(Kernel):
+    """A group of query heads is taken to have one head more."""
 
     def key_head(self, heads: int, few: int) -> Array:  # noqa: D102
-        return super().key_head(heads, few)[::-1]
+        return np.arange(heads) // (heads // few + 1)
 
 
-@mutant("batches", held_out=True)
-class BatchesReversed(Kernel):
-    """Batches read each other's values."""
+@mutant("layout", held_out=True)
+class ValuesTransposed(Kernel):
+    """Values are read as if rows and columns were swapped."""
 
     def arrays(self, call: Call) -> tuple[Any, Any, Any]:  # noqa: D102
-        return call.q, call.k, np.asarray(call.v)[::-1] if np.ndim(call.v) > 3 else call.v
-
-
-@mutant("tile edges", held_out=True)
-class MiddleTileDropped(Kernel):
-    """A loop that is unrolled by two leaves out the tile between its two halves."""
-
-    def tiles(self, x: Loaded) -> list[Tile]:  # noqa: D102
-        whole = super().tiles(x)
-        return whole if len(whole) < 3 else [t for n, t in enumerate(whole) if n != len(whole) // 2]
-
-
-@mutant("tile edges", held_out=True)
-class RowsOfTheLastTileLost(Kernel):
-    """A last tile of rows that is not whole is not written."""
-
-    def attend(self, x: Loaded) -> tuple[Array, Array]:  # noqa: D102
-        o, lse = super().attend(x)
-        if x.T > self.rows:
-            o[..., x.T // self.rows * self.rows :, :] = 0
-        return o, lse
-
-
-@mutant("rescaling", held_out=True)
-class RescaledTwice(Kernel):
-    """The running output is rescaled twice when the maximum rises."""
-
-    def accumulate(self, a: Array, alpha: Array, p: Array, v: Array, seen: Array) -> Array:  # noqa: D102
-        return super().accumulate(a, alpha * alpha, p, v, seen)
-
-
-@mutant("lse", held_out=True)
-class LseHasTheScaleAgain(Kernel):
-    """The maximum in lse is scaled once more."""
-
-    def load(self, call: Call) -> Loaded:  # noqa: D102
-        x = super().load(call)
-        self.again = x.scale
-        return x
-
-    def lse(self, m: Array, l: Array, empty: Array) -> Array:  # noqa: D102, E741
-        return super().lse(m * F(self.again), l, empty)
-
-
-@mutant("lse", held_out=True)
-class LseOfOnePlusTheSum(Kernel):
-    """Lse is of the row sum and one."""
-
-    def lse(self, m: Array, l: Array, empty: Array) -> Array:  # noqa: D102, E741
-        return super().lse(m, l + F(1), empty)
+        v = np.asarray(call.v)
+        return call.q, call.k, v.reshape(*v.shape[:-2], v.shape[-1], v.shape[-2]).swapaxes(-1, -2)
 
 
 @mutant("scale", held_out=True)
-class ScaleOfThreeQuarters(Kernel):
-    """The scale is √(4/3) too large, as of a width that lacks a quarter."""
+class ScaleOfAllHeads(Kernel):
+    """The scale is of the width of all heads together."""
 
     def scale(self, call: Call) -> float:  # noqa: D102
-        return super().scale(call) * math.sqrt(4 / 3)
+        return float(np.shape(call.q)[-1] * np.shape(call.q)[-3]) ** -0.5 if call.scale is None else call.scale
 
 
 @mutant("softcap", held_out=True)
-class SoftcapHalved(Kernel):
-    """The cap is half of what it should be."""
+class SoftcapIsRational(Kernel):
+    """The cap is s/(1 + |s|/c), not c·tanh(s/c)."""
 
     def softcap(self, s: Array, cap: float) -> Array:  # noqa: D102
-        return super().softcap(s, cap / 2)
+        return s / (1 + np.abs(s) / F(cap))
 
 
 @mutant("bias", held_out=True)
-class BiasOfTheNextRow(Kernel):
-    """Each row reads the bias of the row after it."""
+class BiasOfTheFirstTile(Kernel):
+    """Every tile of keys reads the bias of the first."""
+
+    def bias(self, x: Loaded, rows: Tile, keys: Tile) -> Array:  # noqa: D102
+        return super().bias(x, rows, keys if x.bias is None else slice(0, self.keys))
+
+
+@mutant("ALiBi", held_out=True)
+class SlopesRooted(Kernel):
+    """Slopes are those of twice as many heads."""
 
     def load(self, call: Call) -> Loaded:  # noqa: D102
         x = super().load(call)
-        return replace(x, bias=None if x.bias is None else np.roll(x.bias, -1, -2))
+        return replace(x, slopes=None if x.slopes is None else np.sqrt(x.slopes))
 
 
 @mutant("sink", held_out=True)
-class SinkOfTheNextHead(Kernel):
-    """Each head has the sink of the head after it."""
-
-    def load(self, call: Call) -> Loaded:  # noqa: D102
-        x = super().load(call)
-        return replace(x, sink=None if x.sink is None else np.roll(x.sink, -1, -1))
-
-
-@mutant("sink", held_out=True)
-class SinkHasAValue(Kernel):
-    """The sink carries the first key's value."""
+class SinkNotShifted(Kernel):
+    """The sink's exponential does not lack the maximum, as those of logits do."""
 
     def with_sink(self, x: Loaded, state: State, part: int) -> State:  # noqa: D102
-        new = super().with_sink(x, state, part)
         if x.sink is None or part > 0:
-            return new
-        return new._replace(a=new.a + np.exp(x.sink[..., None] - new.m)[..., None] * x.v[..., :1, :])
+            return state
+        return state._replace(l=state.l + np.exp(x.sink[..., None]))
+
+
+@mutant("rescaling", held_out=True)
+class WeightsOfTheOldMaximum(Kernel):
+    """Weights of a tile are taken beside the maximum before it."""
+
+    def step(self, x: Loaded, rows: Tile, keys: Tile, state: State) -> State:  # noqa: D102
+        self.old = state.m
+        return super().step(x, rows, keys, state)
+
+    def exponential(self, s: Array, m: Array) -> Array:  # noqa: D102
+        return super().exponential(s, np.where(np.isneginf(self.old), m, self.old))
+
+
+@mutant("lse", held_out=True)
+class LseDividedByScale(Kernel):
+    """Lse is divided by the scale."""
+
+    def load(self, call: Call) -> Loaded:  # noqa: D102
+        x = super().load(call)
+        self.factor = x.scale
+        return x
+
+    def lse(self, m: Array, l: Array, empty: Array) -> Array:  # noqa: D102, E741
+        return super().lse(m, l, empty) / F(self.factor)
 
 
 @mutant("merge", held_out=True)
-class SplitsMergedByMaximum(Kernel):
-    """Of two splits the one with the larger lse is taken."""
+class LseOfTheFirstSplit(Kernel):
+    """Lse is the first split's."""
 
     splits = 2
 
     def merge(self, parts: list[tuple[Array, Array]]) -> tuple[Array, Array]:  # noqa: D102
-        first = parts[0][1] >= parts[-1][1]
-        return np.where(first[..., None], parts[0][0], parts[-1][0]), super().merge(parts)[1]
+        return super().merge(parts)[0], parts[0][1]
 
 
 @mutant("lengths", held_out=True)
-class LengthsOfTheOtherBatch(Kernel):
-    """Batches have each other's lengths."""
+class LengthsFromTheEnd(Kernel):
+    """The keys that exist are taken to be the last, as if padding were on the left."""
 
-    def lengths(self, ends: Array) -> Array:  # noqa: D102
-        return ends[::-1]
+    def exists(self, x: Loaded, j: Array) -> Array:  # noqa: D102
+        S = np.shape(x.call.k)[-2]
+        return (j < S) & (j >= S - x.lengths[:, None, None, None])
 
 
-@mutant("packing", held_out=True)
-class FirstKeyOfASequenceLost(Kernel):
-    """A sequence misses its first key."""
+@mutant("window shape", held_out=True)
+class WindowByTiles(Kernel):
+    """The window's left is rounded down to whole tiles."""
 
-    def packed(self, x: Loaded, rows: Tile, j: Array) -> Array:  # noqa: D102
-        return super().packed(x, rows, j) & super().packed(x, rows, j - 1)
+    def window(self, x: Loaded, rows: Tile, j: Array, left: int | None, right: int | None) -> Array:  # noqa: D102
+        wide = super().window(x, rows, j // self.keys * self.keys + self.keys - 1, left, None)
+        return wide & super().window(x, rows, j, None, right)
+
+
+@mutant("empty rows", held_out=True)
+class EmptyRowsOfTheFirstKey(Kernel):
+    """A row that sees nothing answers the first key's value."""
+
+    def attend(self, x: Loaded) -> tuple[Array, Array]:  # noqa: D102
+        o, lse = super().attend(x)
+        return np.where(np.isneginf(lse)[..., None], x.v[..., :1, :], o), lse
 
 
 @mutant("precision", "precision", held_out=True)
-class ProbabilitiesCutOff(Kernel):
-    """Weights lose digits instead of being rounded to bfloat16."""
+class ScaledQueriesRounded(Kernel):
+    """Queries are scaled, with log₂e, and rounded to bfloat16 before they multiply keys."""
 
-    def cast(self, p: Array) -> Array:  # noqa: D102
-        return (p.astype(F).view(np.uint32) & np.uint32(0xFFFF0000)).view(F)
-
-
-@mutant("precision", "precision", held_out=True)
-class QueriesInFloat8(Kernel):
-    """Queries are float8 before they multiply keys."""
-
-    def load(self, call: Call) -> Loaded:  # noqa: D102
-        x = super().load(call)
-        return replace(x, q=rounded(x.q, "float8_e4m3"))
+    def product(self, x: Loaded, rows: Tile, keys: Tile) -> Array:  # noqa: D102
+        bits = F(x.scale / math.log(2))
+        return F(math.log(2)) * (rounded(bits * x.q[..., rows, :], "bfloat16") @ x.k[..., keys, :].mT)
 
 
-@mutant("backward delta", "gradients", held_out=True)
-class DeltaOfTheFirstColumns(Kernel):
-    """Do·o is of the first eight columns only."""
+@mutant("backward lse", "gradients", held_out=True)
+class BackwardLseInBits(Kernel):
+    """The backward pass takes lse as if it were in bits."""
 
-    def delta(self, do: Array, o: Array, dlse: Array) -> Array:  # noqa: D102
-        return super().delta(do[..., :8], o[..., :8], dlse)
-
-
-@mutant("backward heads", "gradients", held_out=True)
-class GroupAveraged(Kernel):
-    """The gradient of a key head is the mean over the query heads that read it."""
-
-    def over_group(self, g: Array) -> Array:  # noqa: D102
-        return g.mean(2)
+    def recomputed(self, x: Loaded, rows: Tile, keys: Tile, seen: Array, lse: Array) -> Array:  # noqa: D102
+        return super().recomputed(x, rows, keys, seen, lse * F(math.log(2)))
 
 
-@mutant("backward causal", "gradients", held_out=True)
-class BackwardDiagonalHidden(Kernel):
-    """The backward pass does not see a row's own key."""
+@mutant("backward values", "gradients", held_out=True)
+class ValueGradientOfTheLastRows(Kernel):
+    """Weights of v's gradient are of half the rows of each tile."""
 
-    def sees_backward(self, x: Loaded, rows: Tile, keys: Tile) -> Array:  # noqa: D102
-        seen = super().sees(x, rows, keys)
-        own = np.arange(keys.start, keys.stop) == self.position(x, rows)
-        return seen & ~own if x.call.causal else seen
+    def to_v(self, p: Array, do: Array) -> Array:  # noqa: D102
+        return super().to_v(p[..., : p.shape[-2] // 2 + 1, :], do[..., : p.shape[-2] // 2 + 1, :])
+
+
+@mutant("backward softcap", "gradients", held_out=True)
+class SoftcapSlopeOfTheLogits(Kernel):
+    """The slope of the softcap is taken of logits that are not divided by the cap."""
+
+    def through_softcap(self, x: Loaded, rows: Tile, keys: Tile, ds: Array, seen: Array) -> Array:  # noqa: D102
+        if x.call.softcap is None:
+            return ds
+        return np.where(seen, ds * (1 - np.tanh(self.product(x, rows, keys)) ** 2), 0)
