@@ -105,7 +105,9 @@ def gradients(profile: Profile, call: Call, found: Sequence[Any]) -> dict[str, N
         for numbers, gradient in zip(written, found, strict=False):
             if gradient is None or numbers.dtype.kind != "f" or not numbers.any():
                 continue
-            places, some = numbers.astype(np.int64).ravel(), True
+            with np.errstate(invalid="ignore"):
+                inside = (numbers >= 1) & (numbers <= total.size)  # beside copies there may be masks, ±∞ or large
+            places, some = np.where(inside, numbers, 0).astype(np.int64).ravel(), True
             np.add.at(total, places[places > 0] - 1, np.asarray(gradient, np.float64).ravel()[places > 0])
         if some:
             by_name[name] = total.reshape(np.shape(x))
