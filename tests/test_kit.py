@@ -315,7 +315,13 @@ def test_the_plugin_adds_an_item_a_configuration_and_nothing_unasked(tmp_path: P
         "-W",
         "error",
     ]
-    env = {"PYTHONPATH": str(HERE.parent), "PATH": "", "OPENBLAS_NUM_THREADS": "1"}
+    # where refattn is installed its entry point would load the plugin once more
+    env = {
+        "PYTHONPATH": str(HERE.parent),
+        "PATH": "",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }
 
     def ask(*more: str) -> str:
         return subprocess.run([*base, *more], cwd=tmp_path, env=env, capture_output=True, text=True).stdout
