@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from refattn import bias, masks, softmax
-from refattn.testing import FORMATS, PRESETS, Arithmetic, Format, Tolerance, emulate, tolerance, typical
+from refattn.conventions import Call, Convention
+from refattn.testing import (
+    FORMATS,
+    PRESETS,
+    Arithmetic,
+    Format,
+    Tolerance,
+    assert_within,
+    emulate,
+    tolerance,
+    typical,
+)
 
 GRADIENTS = ("q", "k", "v", "bias", "sink")
 
@@ -336,3 +347,15 @@ def test_lazy_biases_and_tables_are_allowed_alike() -> None:
 def test_every_named_field_has_a_default_but_the_formats() -> None:
     required = [f.name for f in dataclasses.fields(Arithmetic) if f.default is dataclasses.MISSING]
     assert required == ["inputs", "scores", "weights", "accumulate", "output"]
+
+
+@pytest.mark.parametrize("form", ["signed distance", "absolute distance", "key position"])
+def test_an_emulated_kernel_knows_where_the_rows_of_a_conventions_alibi_stand(form):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 3, n, 5)) for n in (4, 6, 6))
+    call = Call(q=q, k=k, v=v, slopes=np.array([0.5, 0.25, 0.1]), lengths=np.array([3, 6]))
+    meaning = call.under(Convention(alibi=form))
+    allowed, got = (f("fp64", *meaning.arrays, **meaning.options) for f in (tolerance, emulate.attend))
+    right = meaning.answer()
+    assert_within(got.o, right.o, 2 * allowed.o)  # the definition is one of these kernels too
+    assert_within(got.lse, right.lse, 2 * allowed.lse)

@@ -132,7 +132,7 @@ class DotProductAttention:
         elif "padding" in name and form != "thd":
             call = replace(call, lengths=_lengths(attention_mask, cu_seqlens_q, cu_seqlens_kv, call.sizes[0]))
         o = np.moveaxis(call.under(how).answer().o, -3, -2)
-        o = o.reshape(*o.shape[:-2], -1)
+        o = o.reshape(*o.shape[:-2], o.shape[-2] * o.shape[-1])
         return o.swapaxes(0, 1) if form == "sbhd" else o
 
     def _bias(self, kind: str, bias: Any, slopes: Any) -> dict[str, Any]:

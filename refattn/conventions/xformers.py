@@ -5,6 +5,7 @@ As of its own kernels, before they moved to the package mslk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,7 +185,7 @@ def _heads(x: Any) -> Any:
     x = np.asarray(x)
     if x.ndim not in (3, 4, 5):
         raise ValueError(f"query, key or value has {x.ndim} axes; expected 3, 4 or 5")
-    return swapped(x.reshape(*x.shape[:2], -1, x.shape[-1]))
+    return swapped(x.reshape(*x.shape[:2], math.prod(x.shape[2:-1]), x.shape[-1]))
 
 
 def _flat(x: Any) -> Any:

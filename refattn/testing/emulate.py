@@ -8,6 +8,7 @@ open (the order of sums, fused products, flushed results, errors of exp) is draw
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -302,8 +303,9 @@ class _Kernel:
         """Return the bias in the scores' format."""
         bias = self.one.problem.bias
         if isinstance(bias, Alibi):
-            far = Alibi(np.ones_like(bias.slopes), bias.position).block(self.one.bias_index, rows, keys)
-            return self.s(self.s(bias.slopes.reshape(-1)[self.one.bias_index]) * far)
+            far = replace(bias, slopes=np.ones_like(bias.slopes)).block(self.one.bias_index, rows, keys)
+            slope = np.broadcast_to(bias.slopes, bias.lead)[np.unravel_index(self.one.bias_index, bias.lead)]
+            return self.s(self.s(slope) * far)
         b = self.one.bias(rows, keys)
         return None if b is None else self.s(np.asarray(b, np.float64))
 
